@@ -1,0 +1,45 @@
+"""hf_paged: existing Hugging Face Transformers code, as fast as a serving engine, without leaving Transformers."""
+
+from hf_paged.config import PagedConfig
+from hf_paged.errors import (
+    ConfigError,
+    EngineClosedError,
+    HFPagedError,
+    InvalidRequestError,
+    PluginError,
+    RequestAbortedError,
+    RequestRejectedError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from hf_paged.hf.explain import explain
+from hf_paged.hf.patch import PatchedModel, paged, patch, unpatch
+from hf_paged.hookspecs import hookimpl
+from hf_paged.llm import LLM
+from hf_paged.params import SamplingParams
+from hf_paged.types import CompletionOutput, Logprob, Reject, RequestOutput
+
+__all__ = [
+    "CompletionOutput",
+    "ConfigError",
+    "LLM",
+    "EngineClosedError",
+    "HFPagedError",
+    "InvalidRequestError",
+    "Logprob",
+    "PagedConfig",
+    "PatchedModel",
+    "PluginError",
+    "Reject",
+    "RequestAbortedError",
+    "RequestOutput",
+    "RequestRejectedError",
+    "SamplingParams",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
+    "explain",
+    "hookimpl",
+    "paged",
+    "patch",
+    "unpatch",
+]

@@ -1,0 +1,196 @@
+"""The attention function and the mask function that Transformers calls, and how they find the step they belong to.
+
+The step travels with the call in a ContextVar: set for one forward, in one thread, and seen by every layer below it,
+also where a family drops the keyword arguments it doesn't know. A forward of another thread, which may be training the
+same model at that moment, sees no step and gets the attention that its config asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_paged.errors import UnsupportedModelError
+from hf_paged.ledger import Ledger
+from hf_paged.types import LayerPlan
+
+NAME = "hf_paged"
+
+
+class PagedStep:
+    """One forward of one batch: which layer comes next, and what carries it.
+
+    Layers are told apart by the order in which they call: a layer index may be missing, or stand for two attentions.
+
+    Args:
+        plan: what each layer runs.
+        modules: the attention modules in the order in which they call.
+    """
+
+    def __init__(self, plan: LayerPlan, modules: Sequence[nn.Module]) -> None:
+        self._plan = plan
+        self._modules = modules
+        self._next = 0
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One layer. Query [1, heads, T, head_dim], key and value likewise; returns [1, T, heads, value_head_dim]."""
+        index, self._next = self._next, self._next + 1
+        if index >= len(self._modules) or self._modules[index] is not module:
+            raise UnsupportedModelError(
+                f"attention call {index} of the forward came from another module than when the model was looked at; "
+                "patch the model again after changing its modules"
+            )
+        tokens = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self._plan.run(index, *tokens, scale=scale, softcap=softcap, sinks=sinks)[None]
+
+    def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
+        """The mask that a model asks for: none, for the plan knows the windows."""
+        return None
+
+
+_step: ContextVar[PagedStep | None] = ContextVar("hf_paged_step", default=None)
+
+
+@contextmanager
+def stepping(step: PagedStep) -> Iterator[None]:
+    """Let the attention layers of the forwards inside belong to a step."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What Transformers calls for each attention layer under the name `hf_paged`; see its attention interface."""
+    step = _step.get()
+    if step is None:
+        options = dict(scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux)
+        options = {name: option for name, option in options.items() if option is not None}
+        return _own_attention(module)(module, query, key, value, attention_mask, **options, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModelError("attention scores get a position bias, which the paged attention does not add")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    # A layer that passes None means full attention, whatever its module holds.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
+    return step.attend(module, query, key, value, attention_mask, scale, window, softcap, s_aux), None
+
+
+def paged_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """What Transformers calls to make a mask under the name `hf_paged`: the step's inside one, the usual one outside."""
+    step = _step.get()
+    if step is not None:
+        return step.mask(kwargs["mask_function"], kwargs["q_length"])
+    name = _switched.own(config) if config is not None else "sdpa"
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
+
+
+class _Switched:
+    """Which configs have their attention switched to ours at the moment, by how many forwards, and what they had."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own: dict[int, tuple[str, int]] = {}
+
+    def own(self, config: Any) -> str:
+        """The attention that a config has when it isn't switched."""
+        with self._lock:
+            name, _ = self._own.get(id(config), (config._attn_implementation, 0))
+        return name
+
+    def switch(self, config: Any) -> None:
+        with self._lock:
+            name, count = self._own.get(id(config), (config._attn_implementation, 0))
+            self._own[id(config)] = name, count + 1
+            config._attn_implementation_internal = NAME
+
+    def restore(self, config: Any) -> None:
+        with self._lock:
+            name, count = self._own.pop(id(config))
+            if count > 1:
+                self._own[id(config)] = name, count - 1
+            else:
+                config._attn_implementation_internal = name
+
+
+_switched = _Switched()
+
+
+@contextmanager
+def switched(configs: Sequence[Any]) -> Iterator[None]:
+    """Have the configs ask for our attention for the length of a forward."""
+    done = []
+    try:
+        for config in configs:
+            _switched.switch(config)
+            done.append(config)
+        yield
+    finally:
+        for config in done:
+            _switched.restore(config)
+
+
+def _own_attention(module: nn.Module) -> Callable[..., Any]:
+    """The attention that a module would have called, were its config not switched."""
+    name = _switched.own(module.config)
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+class _Registration:
+    """Our entries in Transformers' registries: there while anything is patched, gone after."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._ledger = Ledger()
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                # Masks are looked up in the mapping of the class; the attention goes there too, so that families with a
+                # registry of their own find it.
+                self._ledger.set_item(type(ALL_ATTENTION_FUNCTIONS)._global_mapping, NAME, paged_attention)
+                self._ledger.set_item(type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, NAME, paged_mask)
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._ledger.undo()
+
+
+registration = _Registration()

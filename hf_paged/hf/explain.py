@@ -1,0 +1,68 @@
+"""explain(model): what hf_paged would do with a model, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hf_paged import plugins
+from hf_paged.config import PagedConfig
+from hf_paged.errors import UnsupportedModelError
+from hf_paged.hf.attention import registration
+from hf_paged.hf.build import build
+from hf_paged.hf.patch import patched
+from hf_paged.hf.spec import unwrap
+from hf_paged.types import CacheSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How a model is carried.
+
+    Attributes:
+        model: its class.
+        path: "flat" (paged attention over flat batches) or "stock" (Transformers' own `generate()`).
+        reason: why it isn't carried, or None.
+        backend: the attention backend's name, or None.
+        spec: its attention layers, or None.
+        patched: whether it is patched at the moment.
+    """
+
+    model: str
+    path: str
+    reason: str | None
+    backend: str | None
+    spec: CacheSpec | None
+    patched: bool
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: path {self.path}" + (", patched" if self.patched else "")]
+        if self.reason is not None:
+            lines.append(f"  runs as in Transformers: {self.reason}")
+        if self.spec is not None:
+            lines.append(f"  attention backend {self.backend}, KV {self.spec.dtype} on {self.spec.device}")
+            for group, window in enumerate(self.spec.windows):
+                layers = sum(layer.window == window for layer in self.spec.layers)
+                kind = "full attention" if window is None else f"sliding window of {window} tokens"
+                lines.append(f"  {layers} layers with {kind}: {self.spec.token_bytes(group):,} bytes of KV a token")
+        return "\n".join(lines)
+
+
+def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
+    """What hf_paged would do with a model. Tries it on a few tokens, and leaves it as it is.
+
+    Raises:
+        UnsupportedModelError: it is no Transformers model.
+    """
+    inner = unwrap(model)
+    name, is_patched = type(inner).__name__, patched(inner) is not None
+    config = config or PagedConfig()
+    registration.acquire()
+    try:
+        built = build(inner, config, plugins.load(config))
+    except UnsupportedModelError as error:
+        return Explanation(name, "stock", str(error), None, None, is_patched)
+    finally:
+        registration.release()
+    built.close()
+    return Explanation(name, "flat", None, built.info.attention_backend, built.engine.model.spec, is_patched)

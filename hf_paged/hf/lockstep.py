@@ -1,0 +1,69 @@
+"""Stock's own decoding loop, with the engine in the place of the forward.
+
+For calls whose processors, criteria or streamer may look at the whole batch: all rows take each step together, in the
+caller's thread and with its random numbers, and rows that ended run on with padding until the last one ends, as stock
+has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.engine.driver import Driver, raise_errors
+from hf_paged.hf.prepare import Prepared
+from hf_paged.types import Request, Sampled
+
+
+class Handoff:
+    """A sampler that hands each row's logits to the caller, and lets the row wait for its token."""
+
+    def __init__(self) -> None:
+        self.logits: dict[Request, torch.Tensor] = {}
+
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
+        """See `TokenSampler.sample`."""
+        self.logits.update(zip(requests, logits, strict=True))
+        return Sampled([None] * len(requests))
+
+
+def run(
+    call: Prepared, driver: Driver, requests: Sequence[Request], handoff: Handoff
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+    """Carry a call to its end, step by step.
+
+    Returns:
+        The sequences [rows, width + steps]; the processed scores and the raw logits of each step, where asked for.
+    """
+    config, input_ids = call.config, call.input_ids
+    scores: tuple[torch.Tensor, ...] | None = () if config.return_dict_in_generate and config.output_scores else None
+    logits: tuple[torch.Tensor, ...] | None = () if config.return_dict_in_generate and config.output_logits else None
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
+    pad = config._pad_token_tensor.to(input_ids.device) if config._pad_token_tensor is not None else None
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    with driver.call(requests) as stay:
+        while True:
+            stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
+            raise_errors(requests)
+            raw = torch.stack([handoff.logits[request] for request in requests])
+            raw = raw.to(copy=True, dtype=torch.float32, device=input_ids.device)
+            processed = call.processors(input_ids, raw)
+            scores = scores + (processed,) if scores is not None else None
+            logits = logits + (raw,) if logits is not None else None
+            tokens = _choose(processed, bool(config.do_sample))
+            if pads and pad is not None:
+                tokens = tokens * unfinished + pad * (1 - unfinished)
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if call.streamer is not None:
+                call.streamer.put(tokens.cpu())
+            unfinished = unfinished & ~call.criteria(input_ids, scores)
+            if not bool(unfinished.max()):
+                return input_ids, scores, logits
+            stay.push([(request, token, False) for request, token in zip(requests, tokens.tolist(), strict=True)])
+
+
+def _choose(scores: torch.Tensor, sample: bool) -> torch.Tensor:
+    if sample:
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+    return scores.argmax(-1)

@@ -1,0 +1,94 @@
+"""Which of Transformers' processors and criteria rate each row by itself, so that rows may be at different steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process, stopping_criteria
+
+from hf_paged.hf.noise import CallNoise
+from hf_paged.hf.prepare import Prepared
+from hf_paged.types import Request, Sampled
+
+_PROCESSORS = """
+    MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper RepetitionPenaltyLogitsProcessor
+    TopPLogitsWarper TopKLogitsWarper TopHLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper EtaLogitsWarper
+    NoRepeatNGramLogitsProcessor SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor
+    ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor ExponentialDecayLengthPenalty LogitNormalization
+    SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
+""".split()
+_CRITERIA = "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria StopStringCriteria".split()
+ROWWISE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PROCESSORS if hasattr(logits_process, name))
+ROWWISE_CRITERIA = frozenset(getattr(stopping_criteria, name) for name in _CRITERIA)
+_PLAIN_CRITERIA = frozenset((stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria))
+
+
+def is_plain(call: Prepared) -> bool:
+    """Greedy, to a length or an end-of-sequence id: the engine needs no help."""
+    return not call.config.do_sample and not call.processors and all(type(c) in _PLAIN_CRITERIA for c in call.criteria)
+
+
+def is_rowwise(call: Prepared) -> bool:
+    """Whether rows may run at their own pace and leave the batch when they end.
+
+    Where nothing pads finished rows, stock lets them run on until the last one has ended; that needs all of them.
+    """
+    config = call.config
+    wants_scores = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    pads = any(hasattr(c, "eos_token_id") for c in call.criteria)
+    return (
+        call.streamer is None
+        and not wants_scores
+        and all(type(p) in ROWWISE_PROCESSORS for p in call.processors)
+        and all(type(c) in ROWWISE_CRITERIA for c in call.criteria)
+        and (pads or all(type(c) is stopping_criteria.MaxLengthCriteria for c in call.criteria))
+    )
+
+
+class RowwiseSampler:
+    """Transformers' processors, criteria and random numbers, for the rows of one call at whatever step they are.
+
+    Rows at the same step are processed together. A processor sees what stock would show it: the padded row.
+
+    Args:
+        call: the call.
+        requests: its rows, in order.
+        noise: where its random numbers come from, or None for greedy search.
+    """
+
+    def __init__(self, call: Prepared, requests: Sequence[Request], noise: CallNoise | None) -> None:
+        self._processors: LogitsProcessorList = call.processors
+        self._criteria: StoppingCriteriaList = call.criteria
+        self._noise = noise
+        self._prompts = call.input_ids
+        self._row = {request: index for index, request in enumerate(requests)}
+
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
+        """See `TokenSampler.sample`."""
+        tokens, stopped = [0] * len(requests), [False] * len(requests)
+        by_step: dict[int, list[int]] = {}
+        for position, request in enumerate(requests):
+            by_step.setdefault(request.num_output, []).append(position)
+        for step, positions in by_step.items():
+            group = [requests[position] for position in positions]
+            chosen, ends = self._sample_step(step, group, logits[positions])
+            for position, token, end in zip(positions, chosen, ends, strict=True):
+                tokens[position], stopped[position] = token, end
+        return Sampled(tokens, stopped)
+
+    def _sample_step(
+        self, step: int, requests: Sequence[Request], logits: torch.Tensor
+    ) -> tuple[list[int], list[bool]]:
+        device = self._prompts.device
+        rows = torch.tensor([self._row[request] for request in requests], device=device)
+        outputs = torch.tensor([request.output_token_ids for request in requests], dtype=self._prompts.dtype, device=device)
+        input_ids = torch.cat([self._prompts[rows], outputs.view(len(requests), step)], dim=-1)
+        scores = self._processors(input_ids, logits.to(copy=True, dtype=torch.float32, device=device))
+        if self._noise is not None:
+            tokens = (scores.softmax(-1) / self._noise.at(step)[rows]).argmax(-1)
+        else:
+            tokens = scores.argmax(-1)
+        ends = self._criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
+        return tokens.tolist(), ends.tolist()

@@ -1,0 +1,102 @@
+"""Proof before use: the paged model and the stock one have to agree on a few random tokens.
+
+Families differ in more ways than a list can hold (keywords dropped, masks of their own, state between tokens), so a
+model is carried only after it was seen to work: chunked prefill mixed with decode, against a plain forward a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_paged.config import PagedConfig
+from hf_paged.engine.engine import Engine
+from hf_paged.errors import UnsupportedModelError
+from hf_paged.hf.model import FlatModel
+from hf_paged.params import SamplingParams
+from hf_paged.types import AttentionBackend, Request, Sampled
+
+# Relative error, ‖paged − stock‖ / ‖stock‖ of a row of logits. A wrong mask or position gives far more; experts that
+# flip on a rounding, in half precision, less than the second.
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+HALF_TOLERANCE = 0.1
+ROWS = (5, 11)  # prompt lengths; a chunk of 4 splits both
+LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that they are seen to slide
+NEW = 3
+
+
+def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend) -> None:
+    """Compare a few tokens' logits.
+
+    Raises:
+        UnsupportedModelError: the paged model fails, or gives other logits than the stock one.
+    """
+    windows = [window for window in flat.spec.windows if window is not None and window <= LONGEST_WINDOW]
+    lengths = (ROWS[0], max([ROWS[1], *(window + 4 for window in windows)]))
+    rows = _prompts(model, flat.vocab_size, lengths)
+    try:
+        seen, tokens = _paged(flat, backend, rows)
+        expected = [_stock(model, row) for row in tokens]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(error).__name__}: {error}") from error
+    for prompt, got, want in zip(rows, seen, expected, strict=True):
+        wanted = want[len(prompt) - 1 : len(prompt) - 1 + len(got)]
+        error = float(((torch.stack(got).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+        limit = TOLERANCE.get(flat.spec.dtype, HALF_TOLERANCE)
+        if not error <= limit:  # NaN is no agreement either
+            raise UnsupportedModelError(
+                f"its logits on a flat batch are not those of its rows alone (relative error {error:.1e}, limit {limit:.0e})"
+            )
+
+
+class _Recorder:
+    """A greedy sampler that keeps the logits."""
+
+    def __init__(self) -> None:
+        self.logits: dict[str, list[torch.Tensor]] = {}
+
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
+        """See `TokenSampler.sample`."""
+        for request, row in zip(requests, logits, strict=True):
+            self.logits.setdefault(request.request_id, []).append(row.clone())
+        return Sampled(logits.argmax(-1).tolist())
+
+
+def _prompts(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Random ids without those that a config gives a meaning."""
+    config = model.config.get_text_config(decoder=True)
+    special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
+    generator = torch.Generator().manual_seed(0)
+    ids = [i for i in torch.randint(0, vocabulary, (4 * sum(lengths) + 64,), generator=generator).tolist() if i not in special]
+    return [ids[sum(lengths[:i]) : sum(lengths[: i + 1])] for i in range(len(lengths))]
+
+
+def _paged(
+    flat: FlatModel, backend: AttentionBackend, rows: Sequence[list[int]]
+) -> tuple[list[list[torch.Tensor]], list[list[int]]]:
+    """The logits that chose each new token, and the rows with those tokens."""
+    blocks = sum(-(-(len(row) + NEW) // 4) + 1 for row in rows)
+    config = PagedConfig(block_size=4, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False)
+    engine, recorder = Engine(flat, backend, config), _Recorder()
+    params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+    requests = [Request(str(i), list(row), params, sampler=recorder) for i, row in enumerate(rows)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [recorder.logits[request.request_id] for request in requests], [request.token_ids for request in requests]
+
+
+def _stock(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    """The logits of a plain forward over one row: float32 [tokens, vocabulary]."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([row], device=device), use_cache=False, return_dict=True)
+    return output.logits[0].float()

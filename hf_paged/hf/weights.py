@@ -1,0 +1,56 @@
+"""Noticing that the weights changed, so that no key or value of the old ones is ever reused."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import nn
+
+SAMPLES = 8  # elements looked at of each parameter
+_INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class WeightWatch:
+    """Tells whether a model's weights may have changed between two looks.
+
+    A parameter changes by an in-place operation (its version counter moves), by getting new storage (its pointer
+    moves), or through `parameter.data`, which moves neither; so a few elements of each are compared as well. Adapters
+    are switched by attributes of their layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def fingerprint(self) -> Hashable:
+        """A value that is another one after the weights, the active adapters or the modules changed."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors if t.device.type != "meta"))
+        return counters, _sampled(tensors), tuple(_adapters(self._model))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors have no counter
+
+
+def _sampled(tensors: list[torch.Tensor]) -> int:
+    """A hash of a few elements of each tensor, bit for bit."""
+    by_kind: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.device.type == "meta" or tensor.numel() == 0 or not tensor.is_contiguous() or tensor.is_sparse:
+            continue
+        flat = tensor.detach().view(-1)
+        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        if tensor.dtype.itemsize in _INT_VIEWS and not tensor.dtype.is_complex:
+            picked = picked.contiguous().view(_INT_VIEWS[tensor.dtype.itemsize])
+            by_kind.setdefault((tensor.device, tensor.dtype.itemsize), []).append(picked)
+    return hash(tuple(torch.cat(group).cpu().numpy().tobytes() for group in by_kind.values()))
+
+
+def _adapters(model: nn.Module) -> Iterator[Hashable]:
+    """What PEFT layers do at the moment: which adapters are active, merged, scaled, or switched off."""
+    for module in model.modules():
+        if hasattr(module, "merged_adapters"):
+            scaling = getattr(module, "scaling", None)
+            scales = tuple(scaling.items()) if isinstance(scaling, dict) else ()
+            yield tuple(module.active_adapters), bool(module.disable_adapters), tuple(module.merged_adapters), scales

@@ -1,0 +1,146 @@
+"""SamplingParams: how one request turns logits into tokens, under the names of vLLM's offline API."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_paged.errors import ConfigError
+
+GREEDY_TEMPERATURE = 1e-5
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The sampling parameters of one request. Validated when built; defaults are vLLM's.
+
+    Attributes:
+        n: how many completions of the prompt; they share the prompt's KV blocks.
+        presence_penalty: taken once from the logit of each token that the output holds; [-2, 2].
+        frequency_penalty: taken from it as often as the output holds the token; [-2, 2].
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and output; > 0.
+        temperature: [0, 2]; below 1e-5 the most likely token is taken.
+        top_p: the smallest set of tokens whose probability reaches it is kept; (0, 1].
+        top_k: the k most likely tokens are kept; 0 and -1 keep all.
+        min_p: tokens below `min_p` times the largest probability are dropped; [0, 1].
+        seed: makes the draws of this request its own, whatever batch it lands in; completion i uses seed + i.
+        stop: strings that end the output; they are cut off unless `include_stop_str_in_output`.
+        stop_token_ids: ids that end the output, beside the model's end-of-sequence ids.
+        ignore_eos: go on after an end-of-sequence id.
+        max_tokens: most new tokens, or None: up to the model's length.
+        min_tokens: no stop id or end-of-sequence before that many new tokens.
+        logprobs: how many of the most likely tokens to report for each output token (-1: all), of the raw distribution.
+        prompt_logprobs: the same for each prompt token.
+        detokenize: build text; without it only ids come back.
+        skip_special_tokens, spaces_between_special_tokens: as the tokenizer's `decode` has them.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        structured_outputs: needs a structured-output plugin; refused where none is installed.
+        logit_bias: added to the logits of these ids.
+        allowed_token_ids: only these may be drawn.
+        bad_words: texts that must not be produced.
+        extra_args: handed to plugins as it is.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the value and the range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    structured_outputs: Any = None
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    extra_args: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        # A frozen instance can only be normalised past its own guard.
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        self._check_ranges()
+        self._check_texts()
+        self._check_together()
+
+    def _check_ranges(self) -> None:
+        _require("n", self.n, _is_int(self.n) and self.n >= 1, "an integer of at least 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(name, getattr(self, name), _between(getattr(self, name), -2.0, 2.0), "in [-2, 2]")
+        _require("repetition_penalty", self.repetition_penalty, _number(self.repetition_penalty) > 0, "above 0")
+        _require("temperature", self.temperature, _between(self.temperature, 0.0, 2.0), "in [0, 2]")
+        _require("top_p", self.top_p, 0.0 < _number(self.top_p) <= 1.0, "in (0, 1]")
+        _require("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= -1, "an integer of at least -1 (0, -1: off)")
+        _require("min_p", self.min_p, _between(self.min_p, 0.0, 1.0), "in [0, 1]")
+        if self.seed is not None:
+            _require("seed", self.seed, _is_int(self.seed), "an integer or None")
+        if self.max_tokens is not None:
+            _require("max_tokens", self.max_tokens, _is_int(self.max_tokens) and self.max_tokens >= 1, "at least 1, or None")
+        _require("min_tokens", self.min_tokens, _is_int(self.min_tokens) and self.min_tokens >= 0, "at least 0")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(name, value, _is_int(value) and -1 <= value <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}, -1 for all, or None")
+
+    def _check_texts(self) -> None:
+        for name in ("stop", "bad_words"):
+            for text in getattr(self, name):
+                _require(name, text, isinstance(text, str) and bool(text), "non-empty strings")
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it")
+        if self.stop and not self.detokenize:
+            raise ConfigError(f"stop={list(self.stop)!r} needs detokenize=True: stop strings are looked for in the text")
+        if self.greedy and self.n > 1:
+            raise ConfigError(f"n={self.n} completions of temperature={self.temperature} are all the same; raise the temperature")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ConfigError("allowed_token_ids=[] allows no token at all; give ids, or None for all of them")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_TEMPERATURE
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+    clone = dataclasses.replace  # vLLM's name for a copy: params.clone()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> float:
+    """The value as a float, or NaN, for which every comparison fails."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+
+
+def _between(value: object, low: float, high: float) -> bool:
+    return low <= _number(value) <= high
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,193 @@
+"""Plugins: one plugin manager an engine, and what the plugins registered with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from hf_paged import hookspecs
+from hf_paged.config import PagedConfig
+from hf_paged.engine.blocks import LRUPolicy
+from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
+from hf_paged.errors import ConfigError, PluginError
+from hf_paged.types import AttentionBackend, CachePolicy, CacheSpec, LogitsProcessor, StepObserver, StepStats
+
+logger = logging.getLogger(__name__)
+
+# Bundled plugins, in the order in which they are asked.
+BUNDLED = ("hf_paged_sdpa",)
+
+
+class Core:
+    """What hf_paged itself registers, through the hooks that any plugin has."""
+
+    @hookspecs.hookimpl
+    def register_schedulers(self, register: Callable[[str, type], None]) -> None:
+        """FCFS and priority."""
+        register("fcfs", FCFSScheduler)
+        register("priority", PriorityScheduler)
+
+    @hookspecs.hookimpl
+    def register_cache_policies(self, register: Callable[[str, Callable[[], CachePolicy]], None]) -> None:
+        """LRU."""
+        register("lru", LRUPolicy)
+
+
+def load(config: PagedConfig) -> pluggy.PluginManager:
+    """A manager with the bundled plugins, those of installed packages, and the config's own.
+
+    Raises:
+        PluginError: a plugin can't be imported, or has a hook that doesn't exist.
+    """
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in config.disable_plugins:
+        manager.set_blocked(name)
+    manager.register(Core(), "core")
+    for name in BUNDLED:
+        manager.register(_bundled(name), name)
+    try:
+        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+    except Exception as error:
+        raise PluginError(f"a plugin of the entry-point group {hookspecs.PROJECT!r} can't be loaded: {error}") from error
+    for plugin in config.plugins:
+        manager.register(plugin, getattr(plugin, "__name__", None) or type(plugin).__name__)
+    try:
+        manager.check_pending()  # a misspelt hook must not be silently ignored
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"plugin {manager.get_name(error.plugin)!r}: {error}") from error
+    return manager
+
+
+def loaded(manager: pluggy.PluginManager) -> list[tuple[str, str]]:
+    """The name of each plugin, and where it comes from."""
+    installed = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()}
+    found = []
+    for name, plugin in manager.list_name_plugin():
+        if plugin is not None:
+            bundled = name == "core" or name in BUNDLED
+            found.append((name, "bundled" if bundled else installed.get(plugin, "given to the engine")))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Registry:
+    """What the plugins of one engine registered."""
+
+    backends: dict[str, Callable[[CacheSpec], AttentionBackend]]
+    schedulers: dict[str, type[FCFSScheduler]]
+    policies: dict[str, Callable[[], CachePolicy]]
+    processors: list[LogitsProcessor]
+    observers: list[StepObserver]
+
+
+def registry(manager: pluggy.PluginManager, config: PagedConfig) -> Registry:
+    """Run the hooks that register things.
+
+    Raises:
+        PluginError: a plugin raised, or registered a name that is taken.
+    """
+    found = Registry({}, {}, {}, [], [])
+    call(manager, "validate_config", config=config)
+    call(manager, "register_attention_backends", register=_into(found.backends, "attention backend"), config=config)
+    call(manager, "register_schedulers", register=_into(found.schedulers, "scheduler"), config=config)
+    call(manager, "register_cache_policies", register=_into(found.policies, "cache policy"), config=config)
+    call(manager, "register_logits_processors", register=found.processors.append, config=config)
+    call(manager, "register_step_observers", register=lambda observer: found.observers.append(_Guarded(observer)))
+    return found
+
+
+def choose_backend(manager: pluggy.PluginManager, found: Registry, config: PagedConfig, spec: CacheSpec) -> str:
+    """The name of the attention backend: the config's, or what the plugins choose.
+
+    Raises:
+        ConfigError: the config names one that isn't registered.
+        PluginError: a plugin chose one that isn't registered, or none chose.
+    """
+    if config.attention_backend is not None:
+        return pick("attention_backend", config.attention_backend, found.backends)
+    names = tuple(found.backends)
+    name = call(manager, "select_attention_backend", spec=spec, device=spec.device, names=names)
+    if name not in found.backends:
+        raise PluginError(f"select_attention_backend gave {name!r}; registered are {', '.join(names) or 'none'}")
+    return name
+
+
+def pick(option: str, name: str, known: dict[str, Any]) -> str:
+    """The name, if it is registered.
+
+    Raises:
+        ConfigError: it isn't; the message lists those that are.
+    """
+    if name not in known:
+        raise ConfigError(f"{option}={name!r} is not registered; known are {', '.join(sorted(known))}")
+    return name
+
+
+def call(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> Any:
+    """Call a set-up hook. What a plugin raises comes out as PluginError with the plugin's name.
+
+    Raises:
+        PluginError: a plugin raised.
+    """
+    caller = getattr(manager.hook, hook)
+    try:
+        return caller(**arguments)
+    except Exception as error:
+        name = _culprit(caller, error)
+        raise PluginError(f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}") from error
+
+
+def _culprit(caller: pluggy.HookCaller, error: BaseException) -> str:
+    """The plugin whose function an exception came through."""
+    functions = {impl.function: impl.plugin_name for impl in caller.get_hookimpls()}
+    codes = {inspect.unwrap(getattr(f, "__func__", f)).__code__: name for f, name in functions.items()}
+    raised_in = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((codes[code] for code in raised_in if code in codes), "unknown")
+
+
+class _Guarded:
+    """An observer that is dropped when it raises."""
+
+    def __init__(self, observer: StepObserver) -> None:
+        self._observer: StepObserver | None = observer
+
+    def __call__(self, stats: StepStats) -> None:
+        if self._observer is None:
+            return
+        try:
+            self._observer(stats)
+        except Exception:
+            logger.exception("step observer %r raised and is dropped", self._observer)
+            self._observer = None
+
+
+def _into(known: dict[str, Any], what: str) -> Callable[[str, Any], None]:
+    def register(name: str, value: Any) -> None:
+        if name in known:
+            raise PluginError(f"the {what} {name!r} is registered twice")
+        known[name] = value
+
+    return register
+
+
+def _bundled(name: str) -> Any:
+    """A bundled plugin: a top-level package once installed, a folder beside hf_paged in a checkout."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        folder = Path(__file__).resolve().parent.parent / "plugins"
+        if error.name != name or not (folder / name).is_dir():
+            raise
+        sys.path.append(str(folder))
+        return importlib.import_module(name)
+

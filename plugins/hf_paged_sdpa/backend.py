@@ -1,0 +1,156 @@
+"""Plan once a step: where each row's keys lie. Run once a layer: write, attend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from hf_paged.types import Batch, KVCache, LayerPlan, Scheduled
+from hf_paged_sdpa.attend import attend, merge, with_sinks
+
+# Runs beyond this many are gathered first: a call costs more than copying a few blocks.
+MOST_RUNS = 4
+
+
+class SDPABackend:
+    """See the package."""
+
+    prefer_runs = True
+
+    def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
+        """Heads first: the tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""
+        return (num_heads, num_blocks, block_size, head_dim), 1
+
+    def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
+        """See `AttentionBackend.plan`."""
+        return SDPAPlan(batch, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one row of the batch reads.
+
+    Attributes:
+        first, last: its tokens in the flat batch.
+        runs: slots, in order, of the keys that it reads from the cache.
+        mask: bool [tokens, keys in `runs` (and the row's own, if `fresh`)], or None: all of them, its own causally.
+        fresh: whether its own keys are read from the step's key tensor instead of the cache.
+    """
+
+    first: int
+    last: int
+    runs: tuple[range, ...]
+    mask: torch.Tensor | None
+    fresh: bool
+
+
+class SDPAPlan:
+    """One step over the cache."""
+
+    def __init__(self, batch: Batch, cache: KVCache) -> None:
+        spec = cache.spec
+        self._cache = cache
+        self._slots = batch.slot_mapping
+        self._groups = [spec.group_of(layer) for layer in range(len(spec.layers))]
+        self._rows = [
+            _rows(batch, group, window, cache.block_size, spec.device) for group, window in enumerate(spec.windows)
+        ]
+
+    def run(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `LayerPlan.run`."""
+        group = self._groups[layer]
+        keys, values = self._cache.keys[layer].flatten(1, 2), self._cache.values[layer].flatten(1, 2)
+        # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
+        query, new_keys, new_values = query.to(keys.dtype), key.transpose(0, 1).to(keys.dtype), value.transpose(0, 1).to(keys.dtype)
+        keys.index_copy_(1, self._slots[group], new_keys)
+        values.index_copy_(1, self._slots[group], new_values)
+        num_kv_heads, head_dim = key.shape[1:]
+        grouped = query.view(len(query), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        outputs = []
+        for row in self._rows[group]:
+            own = slice(row.first, row.last)
+            stretches = [(keys[:, run.start : run.stop], values[:, run.start : run.stop]) for run in row.runs]
+            if len(stretches) > MOST_RUNS or (row.mask is not None and stretches):
+                stretches = [(torch.cat(k, 1), torch.cat(v, 1)) for k, v in [tuple(zip(*stretches, strict=True))]]
+            output, lse = _attend_row(row, grouped[:, :, own], new_keys[:, own], new_values[:, own], stretches, scale, softcap)
+            if sinks is not None:
+                output = with_sinks(output, lse, sinks)
+            outputs.append(output.permute(2, 0, 1, 3).reshape(row.last - row.first, -1, output.shape[-1]))
+        return torch.cat(outputs)
+
+
+def _attend_row(
+    row: Row,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    stretches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if row.mask is not None:
+        past = row.mask.shape[1] - key.shape[1]
+        if past:
+            key, value = torch.cat([stretches[0][0], key], 1), torch.cat([stretches[0][1], value], 1)
+        return attend(query, key, value, scale, mask=row.mask, softcap=softcap)
+    parts = [attend(query, k, v, scale, softcap=softcap) for k, v in stretches]
+    if row.fresh:
+        parts.append(attend(query, key, value, scale, causal=True, softcap=softcap))
+    return merge(parts)
+
+
+def _rows(batch: Batch, group: int, window: int | None, block_size: int, device: torch.device) -> list[Row]:
+    rows, first = [], 0
+    for share in batch.rows:
+        rows.append(_row(share, first, share.request.tables[group], window, block_size, device))
+        first += share.count
+    return rows
+
+
+def _row(
+    share: Scheduled, first: int, table: Sequence[int], window: int | None, block_size: int, device: torch.device
+) -> Row:
+    fresh = share.count > 1
+    past_end = share.start if fresh else share.end
+    seen_from = 0 if window is None else max(0, share.start - window + 1)
+    cut = window is not None and fresh and share.end > window
+    return Row(
+        first=first,
+        last=first + share.count,
+        runs=tuple(_runs(table, seen_from, past_end, block_size)),
+        mask=_band(share, seen_from, window, device) if cut else None,
+        fresh=fresh,
+    )
+
+
+def _runs(table: Sequence[int], start: int, end: int, block_size: int) -> list[range]:
+    """The slots of positions `start` to `end`, neighbouring blocks joined."""
+    runs: list[range] = []
+    for index in range(start // block_size, -(-end // block_size)):
+        base = (table[index] - index) * block_size
+        slots = range(base + max(start, index * block_size), base + min(end, (index + 1) * block_size))
+        if runs and runs[-1].stop == slots.start:
+            runs[-1] = range(runs[-1].start, slots.stop)
+        else:
+            runs.append(slots)
+    return runs
+
+
+def _band(share: Scheduled, seen_from: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """What each token of a chunk sees under a window: bool [tokens, positions `seen_from` to the chunk's end]."""
+    assert window is not None
+    queries = torch.arange(share.start, share.end, device=device)[:, None]
+    keys = torch.arange(seen_from, share.end, device=device)[None]
+    return (keys <= queries) & (queries - keys < window)
