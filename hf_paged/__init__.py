@@ -13,6 +13,7 @@ from hf_paged.errors import (
     UnsupportedModelError,
 )
 from hf_paged.hf.explain import explain
+from hf_paged.hf.paged_cache import PagedCache
 from hf_paged.hf.patch import PatchedModel, paged, patch, unpatch
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
@@ -27,6 +28,7 @@ __all__ = [
     "HFPagedError",
     "InvalidRequestError",
     "Logprob",
+    "PagedCache",
     "PagedConfig",
     "PatchedModel",
     "PluginError",

@@ -129,7 +129,7 @@ def register_step_observers(register: Callable[[StepObserver], None]) -> None:
 def prepare_model(model: torch.nn.Module, ledger: Any, config: PagedConfig) -> None:
     """Change the model, reversibly.
 
-    When: a model's first engine is built, before its layers are looked at.
+    When: a model is patched (or given to an LLM), before its layers are looked at.
     Arguments: model: the live module. ledger: hf_paged.ledger.Ledger, through which every change has to be made, so
         that unpatching undoes it. config: the engine's options.
     Return: nothing.

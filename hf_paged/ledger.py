@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -11,7 +12,7 @@ _MISSING = object()
 class Ledger:
     """Records changes and takes them back.
 
-    An attribute is set in, and taken from, the object's own `__dict__` where it has one, so that undoing a change
+    An attribute is set in, and taken from, the object's own `__dict__` where it lives there, so that undoing a change
     leaves no trace: `vars(object)` is what it was.
     """
 
@@ -24,25 +25,24 @@ class Ledger:
         return tuple(what for what, _ in self._undo)
 
     def set_attribute(self, target: Any, name: str, value: Any) -> None:
-        """Set an attribute of an object or a class."""
-        own = vars(target).get(name, _MISSING)
-        if isinstance(target, type):
+        """Set an attribute of an object, a module or a class.
+
+        A parameter, buffer or submodule of a `torch.nn.Module` is replaced where the module keeps it.
+        """
+        what = f"{_describe(target)}.{name}"
+        own = getattr(target, "__dict__", {})
+        stores = [own[store] for store in ("_parameters", "_buffers", "_modules") if name in own.get(store, ())]
+        if stores:
+            self.set_item(stores[0], name, value, what=what)
+        elif isinstance(target, type) or not hasattr(target, "__dict__") or _is_computed(target, name):
+            before = own.get(name, _MISSING) if isinstance(target, type) else getattr(target, name, _MISSING)
             setattr(target, name, value)
+            self.record(what, lambda: delattr(target, name) if before is _MISSING else setattr(target, name, before))
         else:
-            vars(target)[name] = value
+            self.set_item(own, name, value, what=what)
 
-        def undo() -> None:
-            if isinstance(target, type):
-                delattr(target, name) if own is _MISSING else setattr(target, name, own)
-            elif own is _MISSING:
-                vars(target).pop(name, None)
-            else:
-                vars(target)[name] = own
-
-        self.record(f"{_describe(target)}.{name}", undo)
-
-    def set_item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
-        """Set an entry of a mapping."""
+    def set_item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any, *, what: str | None = None) -> None:
+        """Set an entry of a mapping; `what` describes the change in `entries`."""
         before = mapping.get(key, _MISSING)
         mapping[key] = value
 
@@ -52,17 +52,33 @@ class Ledger:
             else:
                 mapping[key] = before
 
-        self.record(f"{type(mapping).__name__}[{key!r}]", undo)
+        self.record(what or f"{type(mapping).__name__}[{key!r}]", undo)
 
     def record(self, what: str, undo: Callable[[], None]) -> None:
         """Write down a change that was just made otherwise, and how to take it back."""
         self._undo.append((what, undo))
 
     def undo(self) -> None:
-        """Take all changes back, the last one first. Doing it twice does nothing more."""
+        """Take all changes back, the last one first. Doing it twice does nothing more.
+
+        Raises:
+            whatever the first step that failed raised, after all the others were taken back.
+        """
+        failed: Exception | None = None
         while self._undo:
-            _, undo = self._undo.pop()
-            undo()
+            _, undo = self._undo[-1]
+            try:
+                undo()
+            except Exception as error:
+                failed = failed or error
+            self._undo.pop()  # afterwards: what an interrupt broke off is done by the next call
+        if failed is not None:
+            raise failed
+
+
+def _is_computed(target: Any, name: str) -> bool:
+    """Whether setting the attribute calls something, such as a property's setter: `__dict__` would go past it."""
+    return hasattr(inspect.getattr_static(type(target), name, None), "__set__")
 
 
 def _describe(target: Any) -> str:

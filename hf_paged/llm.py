@@ -76,7 +76,11 @@ class LLM:
         if config.num_blocks is None and config.kv_memory is None and self.model.device.type == "cuda":
             config = config.replace(kv_memory=_kv_bytes(self.model.device, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
-        self._driver = self._patched.driver()
+        try:
+            self._driver = self._patched.driver()
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
@@ -109,13 +113,11 @@ class LLM:
         params = self._params_for(items, sampling_params)
         if priority is not None and len(priority) != len(items):
             raise ConfigError(f"priority has {len(priority)} entries for {len(items)} prompts; give one for each")
-        groups = [
-            self._requests(index, self._ids_of(item), p, priority[index] if priority else 0)
-            for index, (item, p) in enumerate(zip(items, params, strict=True))
-        ]
-        for index, group in enumerate(groups):
+        groups = []
+        for index, (item, p) in enumerate(zip(items, params, strict=True)):
             try:
-                self._driver.engine.check_request(group[0].request)
+                groups.append(self._requests(self._ids_of(item), p, priority[index] if priority else 0))
+                self._driver.engine.check_request(groups[-1][0].request)
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}") from error
         with _Progress(groups, use_tqdm):
@@ -188,6 +190,8 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Void the prefix cache. (A change of the weights does so by itself.)"""
+        if self._patched is None:
+            raise EngineClosedError("this LLM is closed; build a new one")
         self._driver.post(self._driver.engine.forget)
 
     def close(self) -> None:
@@ -232,7 +236,7 @@ class LLM:
             raise ConfigError("a text prompt needs a tokenizer; give LLM(tokenizer=...), or token ids")
         return self.tokenizer.encode(item)
 
-    def _requests(self, index: int, ids: list[int], params: SamplingParams, priority: int) -> list[_Carried]:
+    def _requests(self, ids: list[int], params: SamplingParams, priority: int) -> list[_Carried]:
         """The requests of one prompt: `n` of them, which share the prompt's blocks."""
         number, banned = next(_ids), ()
         if self.tokenizer is not None and params.bad_words:
@@ -271,8 +275,7 @@ class _Carried:
             return ""
         if isinstance(self.request.stop_reason, str):
             return self._detokenizer.text
-        decoded = self.request.num_output if self.request.stop_check is not None else 0
-        self._detokenizer.add(self.request.output_token_ids[decoded:], last=True)
+        self._detokenizer.add(self.request.output_token_ids[self._detokenizer.num_added :], last=True)
         return self._detokenizer.text
 
 

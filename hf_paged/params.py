@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_paged.errors import ConfigError
@@ -73,11 +75,9 @@ class SamplingParams:
     extra_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        # A frozen instance can only be normalised past its own guard.
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            # A frozen instance can only be normalised past its own guard.
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         self._check_ranges()
         self._check_texts()
         self._check_together()
@@ -105,6 +105,11 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 _require(name, text, isinstance(text, str) and bool(text), "non-empty strings")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in _as_tuple(getattr(self, name)):
+                _require(name, token, _is_int(token), "token ids")
+        for bias in (self.logit_bias or {}).values():
+            _require("logit_bias", bias, not math.isnan(_number(bias)), "numbers")
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -128,13 +133,20 @@ class SamplingParams:
     clone = dataclasses.replace  # vLLM's name for a copy: params.clone()
 
 
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """One or several values, or None, as a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+
+
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _number(value: object) -> float:
     """The value as a float, or NaN, for which every comparison fails."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
 
 
 def _between(value: object, low: float, high: float) -> bool:

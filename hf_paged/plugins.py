@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import inspect
+import itertools
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +49,28 @@ def load(config: PagedConfig) -> pluggy.PluginManager:
     """A manager with the bundled plugins, those of installed packages, and the config's own.
 
     Raises:
-        PluginError: a plugin can't be imported, or has a hook that doesn't exist.
+        ConfigError: `disable_plugins` names one that there isn't.
+        PluginError: a plugin can't be imported, is there twice, has no hooks, or one that doesn't exist.
     """
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
+    installed = [point.name for point in importlib.metadata.entry_points(group=hookspecs.PROJECT)]
     for name in config.disable_plugins:
+        pick("disable_plugins", name, {"core", *BUNDLED, *installed})
         manager.set_blocked(name)
-    manager.register(Core(), "core")
+    _register(manager, Core(), "core")
     for name in BUNDLED:
-        manager.register(_bundled(name), name)
-    try:
-        manager.load_setuptools_entrypoints(hookspecs.PROJECT)
-    except Exception as error:
-        raise PluginError(f"a plugin of the entry-point group {hookspecs.PROJECT!r} can't be loaded: {error}") from error
+        if not manager.is_blocked(name):
+            _register(manager, _bundled(name), name)
+    for name in installed:
+        if manager.has_plugin(name):
+            raise PluginError(f"two plugins are named {name!r}; uninstall one, or leave them out with disable_plugins")
+        try:
+            manager.load_setuptools_entrypoints(hookspecs.PROJECT, name)
+        except Exception as error:
+            raise PluginError(f"plugin {name!r} can't be loaded: {type(error).__name__}: {error}") from error
     for plugin in config.plugins:
-        manager.register(plugin, getattr(plugin, "__name__", None) or type(plugin).__name__)
+        _register_given(manager, plugin)
     try:
         manager.check_pending()  # a misspelt hook must not be silently ignored
     except pluggy.PluginValidationError as error:
@@ -68,14 +78,35 @@ def load(config: PagedConfig) -> pluggy.PluginManager:
     return manager
 
 
+def _register_given(manager: pluggy.PluginManager, plugin: Any) -> None:
+    """Register a plugin of the config's, under a name of its own: several may be of one class."""
+    if isinstance(plugin, type):
+        raise PluginError(f"plugins holds the class {plugin.__name__}; give an object of it: {plugin.__name__}()")
+    base = getattr(plugin, "__name__", None) or type(plugin).__name__
+    names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    name = next(name for name in names if not manager.has_plugin(name) and not manager.is_blocked(name))
+    _register(manager, plugin, name)
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(f"plugin {name!r} has no hooks; mark its functions with @hf_paged.hookimpl")
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    if manager.is_registered(plugin):
+        raise PluginError(f"plugin {manager.get_name(plugin)!r} is given, but it is loaded already")
+    try:
+        manager.register(plugin, name)
+    except (ValueError, pluggy.PluginValidationError) as error:
+        raise PluginError(f"plugin {name!r}: {error}") from error
+
+
 def loaded(manager: pluggy.PluginManager) -> list[tuple[str, str]]:
     """The name of each plugin, and where it comes from."""
-    installed = {plugin: f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()}
+    installed = {id(plugin): f"{dist.project_name} {dist.version}" for plugin, dist in manager.list_plugin_distinfo()}
     found = []
     for name, plugin in manager.list_name_plugin():
         if plugin is not None:
             bundled = name == "core" or name in BUNDLED
-            found.append((name, "bundled" if bundled else installed.get(plugin, "given to the engine")))
+            found.append((name, "bundled" if bundled else installed.get(id(plugin), "given to the engine")))
     return found
 
 
@@ -115,21 +146,25 @@ def choose_backend(manager: pluggy.PluginManager, found: Registry, config: Paged
     """
     if config.attention_backend is not None:
         return pick("attention_backend", config.attention_backend, found.backends)
-    names = tuple(found.backends)
-    name = call(manager, "select_attention_backend", spec=spec, device=spec.device, names=names)
+    arguments = {"spec": spec, "device": spec.device, "names": tuple(found.backends)}
+    name = call(manager, "select_attention_backend", **arguments)
+    known = ", ".join(found.backends) or "none"
+    if name is None:
+        raise PluginError(f"no plugin chose an attention backend for {spec.device}; registered are {known}")
     if name not in found.backends:
-        raise PluginError(f"select_attention_backend gave {name!r}; registered are {', '.join(names) or 'none'}")
+        chooser = _who_answered(manager.hook.select_attention_backend, name, arguments)
+        raise PluginError(f"plugin {chooser!r} chose the attention backend {name!r}; registered are {known}")
     return name
 
 
-def pick(option: str, name: str, known: dict[str, Any]) -> str:
+def pick(option: str, name: str, known: Iterable[str]) -> str:
     """The name, if it is registered.
 
     Raises:
         ConfigError: it isn't; the message lists those that are.
     """
     if name not in known:
-        raise ConfigError(f"{option}={name!r} is not registered; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"{option}={name!r} is not registered; known are {', '.join(sorted(known)) or 'none'}")
     return name
 
 
@@ -148,11 +183,28 @@ def call(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> Any:
 
 
 def _culprit(caller: pluggy.HookCaller, error: BaseException) -> str:
-    """The plugin whose function an exception came through."""
-    functions = {impl.function: impl.plugin_name for impl in caller.get_hookimpls()}
-    codes = {inspect.unwrap(getattr(f, "__func__", f)).__code__: name for f, name in functions.items()}
-    raised_in = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((codes[code] for code in raised_in if code in codes), "unknown")
+    """The plugin whose function an exception came out of: the innermost one, for wrappers hand on what others raise."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        for impl in caller.get_hookimpls():
+            if _runs(impl.function, frame):
+                return impl.plugin_name
+    return "unknown"
+
+
+def _who_answered(caller: pluggy.HookCaller, answer: Any, arguments: dict[str, Any]) -> str:
+    """The plugin that gave the first result of a hook, found by asking again."""
+    for impl in reversed(caller.get_hookimpls()):
+        if not (impl.wrapper or impl.hookwrapper) and impl.function(*map(arguments.get, impl.argnames)) == answer:
+            return impl.plugin_name
+    return "unknown"
+
+
+def _runs(function: Any, frame: types.FrameType) -> bool:
+    """Whether a frame is a call of this function; of two objects of one class, whether it is this object's."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    owner = getattr(function, "__self__", None)
+    return frame.f_code is code and (owner is None or frame.f_locals.get(code.co_varnames[0]) is owner)
 
 
 class _Guarded:
@@ -190,4 +242,3 @@ def _bundled(name: str) -> Any:
             raise
         sys.path.append(str(folder))
         return importlib.import_module(name)
-

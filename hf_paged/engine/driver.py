@@ -67,6 +67,11 @@ class Driver:
             call.wait(lambda: all(r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)
 
+    def set_release_when_idle(self, release: bool) -> None:
+        """Give the pool's memory back when the last caller leaves (now, where none is inside), or keep it."""
+        self.release_when_idle = release
+        self._sweep()
+
     def close(self) -> None:
         """Close the engine between two steps; callers that are inside get RequestAbortedError."""
         self.post(self.engine.close)

@@ -106,11 +106,15 @@ class BlockTables:
     def extend(self, request: Request, num_tokens: int) -> bool:
         """Have blocks for the request's first `num_tokens` tokens, all or nothing, none of them shared where it writes."""
         self._slide(request)
-        needed = self.blocks_for(num_tokens)
-        shared = [self._is_shared(request, group) for group in range(len(self.pools))]
-        for table, pool, copy in zip(request.tables, self.pools, shared, strict=True):
-            if needed - len(table) + copy > pool.num_free:
+        needed, written = self.blocks_for(num_tokens), request.num_computed // self.block_size
+        shared, enough = [], True
+        for table, pool in zip(request.tables, self.pools, strict=True):
+            shared.append(written < len(table) and pool.refs[table[written]] > 1)
+            enough = enough and needed <= len(table) and not shared[-1]
+            if max(0, needed - len(table)) + shared[-1] > pool.num_free:
                 return False
+        if enough:  # most decode steps stay within their block
+            return True
         for group, (table, pool) in enumerate(zip(request.tables, self.pools, strict=True)):
             if shared[group]:
                 self._copy_on_write(request, group)
@@ -221,12 +225,8 @@ class BlockTables:
         self._epochs[child] = self._epochs[parent]
         return len(child.prompt_token_ids) - 1
 
-    def _is_shared(self, request: Request, group: int) -> bool:
-        """Whether the block that the next token is written to exists and is held by others too."""
-        table, index = request.tables[group], request.num_computed // self.block_size
-        return index < len(table) and self.pools[group].refs[table[index]] > 1
-
     def _copy_on_write(self, request: Request, group: int) -> None:
+        """Have the block that the next token is written to alone."""
         table, pool = request.tables[group], self.pools[group]
         index = request.num_computed // self.block_size
         old, new = table[index], pool.take(after=self._preferred(request, group, index))
@@ -257,7 +257,7 @@ class BlockTables:
         table = request.tables[group]
         before = table[index - 1] if index else NULL_BLOCK
         claim = self._claims[request][group]
-        if claim and before not in claim and before + 1 != claim.start and self.pools[group].refs[claim.start] == 0:
+        if claim and before not in claim and self.pools[group].refs[claim.start] == 0:
             return claim.start - 1
         follows = before != NULL_BLOCK and (before + 1 in claim or not self.pools[group].is_claimed(before + 1))
         return before if follows else None
@@ -268,15 +268,19 @@ class BlockTables:
         return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
 
     def _slide(self, request: Request) -> None:
-        """Give up the blocks that fell out of a window."""
-        for group, (table, pool) in enumerate(zip(request.tables, self.pools, strict=True)):
-            if self.windows[group] is None:
+        """Give up the blocks that fell out of a window.
+
+        One token late: the last token of a prompt is computed anew by those forked from it in this very step.
+        """
+        for group, window in enumerate(self.windows):
+            if window is None:
                 continue
-            gone = min(self._first_visible(group, request.num_computed), len(table))
-            out = [i for i in itertools.takewhile(lambda i: table[i] != NULL_BLOCK, range(gone - 1, -1, -1))]
-            pool.give(table[i] for i in out)
-            for i in out:
-                table[i] = NULL_BLOCK
+            table = request.tables[group]
+            index = min(self._first_visible(group, request.num_computed - 1), len(table)) - 1
+            while index >= 0 and table[index] != NULL_BLOCK:
+                self.pools[group].give([table[index]])
+                table[index] = NULL_BLOCK
+                index -= 1
 
     def _let_go(self, request: Request) -> None:
         for table, pool in zip(request.tables, self.pools, strict=False):  # no tables at all while it waits

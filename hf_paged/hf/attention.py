@@ -117,31 +117,35 @@ def paged_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
 
 class _Switched:
-    """Which configs have their attention switched to ours at the moment, by how many forwards, and what they had."""
+    """Which configs have their attention switched to ours at the moment, by which forwards, and what they had.
+
+    Restoring may be done twice: an interrupt can break it off anywhere.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._own: dict[int, tuple[str, int]] = {}
+        self._own: dict[int, tuple[str, set[object]]] = {}
 
     def own(self, config: Any) -> str:
         """The attention that a config has when it isn't switched."""
         with self._lock:
-            name, _ = self._own.get(id(config), (config._attn_implementation, 0))
-        return name
+            known = self._own.get(id(config))
+            return known[0] if known else config._attn_implementation
 
-    def switch(self, config: Any) -> None:
+    def switch(self, config: Any, forward: object) -> None:
         with self._lock:
-            name, count = self._own.get(id(config), (config._attn_implementation, 0))
-            self._own[id(config)] = name, count + 1
+            _, forwards = self._own.setdefault(id(config), (config._attn_implementation, set()))
+            forwards.add(forward)
             config._attn_implementation_internal = NAME
 
-    def restore(self, config: Any) -> None:
-        with self._lock:
-            name, count = self._own.pop(id(config))
-            if count > 1:
-                self._own[id(config)] = name, count - 1
-            else:
-                config._attn_implementation_internal = name
+    def restore(self, configs: Sequence[Any], forward: object) -> None:
+        for config in configs:
+            with self._lock:
+                name, forwards = self._own.get(id(config), (None, {forward}))
+                forwards.discard(forward)
+                if not forwards and name is not None:
+                    config._attn_implementation_internal = name
+                    del self._own[id(config)]
 
 
 _switched = _Switched()
@@ -150,15 +154,23 @@ _switched = _Switched()
 @contextmanager
 def switched(configs: Sequence[Any]) -> Iterator[None]:
     """Have the configs ask for our attention for the length of a forward."""
-    done = []
+    forward = object()
     try:
+        registration.acquire(forward)  # the model may be unpatched meanwhile, by another thread
         for config in configs:
-            _switched.switch(config)
-            done.append(config)
+            _switched.switch(config, forward)
         yield
     finally:
-        for config in done:
-            _switched.restore(config)
+        try:
+            _restore(configs, forward)
+        except BaseException:  # an interrupt must not leave a config switched
+            _restore(configs, forward)
+            raise
+
+
+def _restore(configs: Sequence[Any], forward: object) -> None:
+    _switched.restore(configs, forward)
+    registration.release(forward)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
@@ -170,26 +182,28 @@ def _own_attention(module: nn.Module) -> Callable[..., Any]:
 
 
 class _Registration:
-    """Our entries in Transformers' registries: there while anything is patched, gone after."""
+    """Our entries in Transformers' registries: there while a model is patched or one of our forwards runs, gone after."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
+        self._lock = threading.RLock()  # a model's end releases, and may come at any line of this thread
+        self._users: set[object] = set()
         self._ledger = Ledger()
 
-    def acquire(self) -> None:
+    def acquire(self, user: object) -> None:
+        """Have them there until that user releases them."""
         with self._lock:
-            self._users += 1
-            if self._users == 1:
+            self._users.add(user)
+            if not self._ledger.entries:
                 # Masks are looked up in the mapping of the class; the attention goes there too, so that families with a
                 # registry of their own find it.
                 self._ledger.set_item(type(ALL_ATTENTION_FUNCTIONS)._global_mapping, NAME, paged_attention)
                 self._ledger.set_item(type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, NAME, paged_mask)
 
-    def release(self) -> None:
+    def release(self, user: object) -> None:
+        """One user less; does no harm when done twice."""
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
+            self._users.discard(user)
+            if not self._users:
                 self._ledger.undo()
 
 

@@ -46,10 +46,11 @@ def build(model: PreTrainedModel, config: PagedConfig, manager: pluggy.PluginMan
     found = plugins.registry(manager, config)
     scheduler = found.schedulers[plugins.pick("scheduler", config.scheduler, found.schedulers)]
     policy = found.policies[plugins.pick("cache_policy", config.cache_policy, found.policies)]
+    if config.attention_backend is not None:
+        plugins.pick("attention_backend", config.attention_backend, found.backends)
     flat = flat_model(model)
     name = plugins.choose_backend(manager, found, config, flat.spec)
     backend = found.backends[name](flat.spec)
-    verify(model, flat, backend)
     engine = Engine(
         flat,
         backend,
@@ -62,6 +63,7 @@ def build(model: PreTrainedModel, config: PagedConfig, manager: pluggy.PluginMan
         finished=lambda request: _finished(manager, request),
         seed=seed,
     )
+    verify(model, flat, backend)  # what is wrong with an option is said before
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
     plugins.call(manager, "engine_started", info=info)
     return Built(engine, info, manager)

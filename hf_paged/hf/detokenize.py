@@ -19,6 +19,10 @@ class Detokenizer:
     The text of new tokens is what decoding them after a few earlier ones adds. A character whose bytes are not all there
     yet decodes to U+FFFD.
 
+    Attributes:
+        text: what was decoded so far.
+        num_added: tokens of the output that were added.
+
     Args:
         tokenizer: the model's.
         prompt: ids before the output.
@@ -27,6 +31,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], params: SamplingParams) -> None:
         self.text = ""
+        self.num_added = 0
         self._tokenizer = tokenizer
         self._ids = list(prompt[-_CONTEXT:])
         self._from, self._read = 0, len(self._ids)
@@ -37,6 +42,7 @@ class Detokenizer:
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The text of `ids`, and of what was held back; `last`: hold nothing back."""
         self._ids.extend(ids)
+        self.num_added += len(ids)
         before = self._decode(self._from, self._read)
         now = self._decode(self._from, len(self._ids))
         if now.endswith("�") and not last:
@@ -65,7 +71,10 @@ class StopStrings:
 
     def __call__(self, request: Request) -> str | None:
         """The stop string that the newest token completes, if one does."""
-        piece = self._detokenizer.add(request.token_ids[-1:])
+        # Before min_tokens nobody asks; a stop string in there counts for nothing. Asked twice, there is nothing to add.
+        first = len(request.prompt_token_ids) + self._detokenizer.num_added
+        self._detokenizer.add(request.token_ids[first:-1])
+        piece = self._detokenizer.add(request.token_ids[max(first, len(request.token_ids) - 1) :])
         text = self._detokenizer.text
         begins = len(text) - len(piece)
         found = [(at, stop) for stop in self._stops if (at := text.find(stop, max(0, begins - len(stop) + 1))) >= 0]

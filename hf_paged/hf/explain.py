@@ -57,12 +57,13 @@ def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
     inner = unwrap(model)
     name, is_patched = type(inner).__name__, patched(inner) is not None
     config = config or PagedConfig()
-    registration.acquire()
+    user = object()
+    registration.acquire(user)
     try:
         built = build(inner, config, plugins.load(config))
     except UnsupportedModelError as error:
         return Explanation(name, "stock", str(error), None, None, is_patched)
     finally:
-        registration.release()
+        registration.release(user)
     built.close()
     return Explanation(name, "flat", None, built.info.attention_backend, built.engine.model.spec, is_patched)

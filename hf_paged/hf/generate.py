@@ -87,5 +87,5 @@ def _padded(call: Prepared, requests: Sequence[Request]) -> torch.Tensor:
     longest = max(request.num_output for request in requests)
     pad = int(call.config._pad_token_tensor) if call.config._pad_token_tensor is not None else 0
     answers = [request.output_token_ids + [pad] * (longest - request.num_output) for request in requests]
-    tail = torch.tensor(answers, dtype=call.input_ids.dtype, device=call.input_ids.device)
+    tail = torch.tensor(answers, dtype=torch.int64, device=call.input_ids.device)
     return torch.cat([call.input_ids, tail], dim=-1)

@@ -55,9 +55,9 @@ def run(
             if pads and pad is not None:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            unfinished = unfinished & ~call.criteria(input_ids, scores)
             if call.streamer is not None:
                 call.streamer.put(tokens.cpu())
-            unfinished = unfinished & ~call.criteria(input_ids, scores)
             if not bool(unfinished.max()):
                 return input_ids, scores, logits
             stay.push([(request, token, False) for request, token in zip(requests, tokens.tolist(), strict=True)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 
 _lock = threading.Lock()
-_in_flight: dict[torch.device, int] = {}
+# Held weakly: one that an interrupt kept from being closed goes with its call.
+_in_flight: weakref.WeakSet[CallNoise] = weakref.WeakSet()
 
 
 class CallNoise:
@@ -30,8 +32,8 @@ class CallNoise:
         self._device = device
         self._generator = torch.Generator(device)
         with _lock:
-            self._alone = _in_flight.get(device, 0) == 0
-            _in_flight[device] = _in_flight.get(device, 0) + 1
+            self._alone = not any(other._device == device for other in _in_flight)
+            _in_flight.add(self)
             default = _default_generator(device)
             if self._alone:
                 self._generator.set_state(default.get_state())
@@ -57,7 +59,7 @@ class CallNoise:
     def close(self) -> None:
         """Leave the global generator where the draws so far would have left it."""
         with _lock:
-            _in_flight[self._device] -= 1
+            _in_flight.discard(self)
             default = _default_generator(self._device)
             untouched = torch.equal(default.get_state(), self._start)
             if self._alone and untouched:

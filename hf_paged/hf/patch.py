@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import threading
+import types
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +25,7 @@ from hf_paged.hf import generate
 from hf_paged.hf.attention import registration
 from hf_paged.hf.build import Built, build
 from hf_paged.hf.prepare import STOCK_GENERATE, Unsupported, prepare
-from hf_paged.hf.spec import unwrap
+from hf_paged.hf.spec import check_mode, unwrap
 from hf_paged.ledger import Ledger
 from hf_paged.types import CacheStats
 
@@ -41,6 +43,9 @@ class PatchedModel:
         model: the Transformers model.
         config: the options.
         seed: of the engine's own sampler, which serves `LLM`; `generate()` draws from torch's generator.
+
+    Attributes:
+        visitors: how many are inside `paged()`, where nothing else patched the model; the last one takes the patch off.
     """
 
     def __init__(self, model: PreTrainedModel, config: PagedConfig, seed: int | None = None) -> None:
@@ -54,17 +59,29 @@ class PatchedModel:
         self._warned: set[str] = set()
         self._keepers = 1 if config.keep_pool else 0
         self._building = threading.Lock()
-        own = vars(model).get("generate") or functools.partial(type(model).generate, model)
-        self._stock = own if not _is_ours(type(model).generate) else functools.partial(STOCK_GENERATE, model)
-        plugins.call(self._manager, "prepare_model", model=model, ledger=self._ledger, config=config)
-        registration.acquire()
-        self._ledger.record("Transformers' registries", registration.release)
+        self._removed = False
+        self.visitors: int | None = None
+        self._stock, self._generate_reason = _stock_generate(model)
+        try:
+            plugins.call(self._manager, "prepare_model", model=model, ledger=self._ledger, config=config)
+        except BaseException:
+            self._ledger.undo()
+            raise
+        user = object()
+        registration.acquire(user)
+        release = weakref.finalize(model, registration.release, user)  # called once, by unpatch or when the model is gone
+        release.atexit = False
+        self._ledger.record("Transformers' registries", release)
 
     # ------------------------------------------------------------------------------------------------------------- calls
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate()`: on the engine, or stock's where the engine can't carry the call."""
+        if self._removed:  # a reference to the patched method that outlived unpatch()
+            return self._stock(*args, **kwargs)
         try:
+            if self._generate_reason is not None:
+                raise Unsupported(self._generate_reason)
             driver = self.driver()
             with torch.no_grad():
                 call = prepare(self.model, args, kwargs)
@@ -80,8 +97,12 @@ class PatchedModel:
         Raises:
             UnsupportedModelError: the model can't be carried.
         """
-        key = (_autocast(self.model.device.type), *(id(module) for module in self.model.modules()))
+        check_mode(self.model)  # not remembered: the mode may be another one at the next call
+        kinds = frozenset((parameter.dtype, parameter.device) for parameter in self.model.parameters())
+        key = (_autocast(self.model.device.type), kinds, *(id(module) for module in self.model.modules()))
         with self._building:
+            if self._removed:
+                raise UnsupportedModelError("it was unpatched meanwhile")
             if key in self._refused:
                 raise UnsupportedModelError(self._refused[key])
             if key not in self._engines:
@@ -90,7 +111,7 @@ class PatchedModel:
                 except UnsupportedModelError as error:
                     self._refused[key] = str(error)
                     raise
-                self._engines[key] = built, Driver(built.engine, release_when_idle=self._keepers == 0)
+                self._engines[key] = built, Driver(built.engine, release_when_idle=not self.keeps_pool)
             return self._engines[key][1]
 
     def _fall_back(self, reason: str) -> None:
@@ -106,23 +127,29 @@ class PatchedModel:
     @property
     def stats(self) -> CacheStats:
         """How the KV pool is and was used, over all engines of the model."""
-        each = [built.engine.stats for built, _ in self._engines.values()]
+        each = [built.engine.stats for built, _ in list(self._engines.values())]
         fields = [field.name for field in dataclasses.fields(CacheStats)]
         return CacheStats(**{name: sum(getattr(stats, name) for stats in each) for name in fields})
 
     def keep_pool(self) -> None:
         """Keep the KV pool, and the prefix cache, between calls from now on, until `give_pool_back` is called as often."""
-        self._keepers += 1
-        self._apply_keepers()
+        self._keep(1)
 
     def give_pool_back(self) -> None:
         """Undo one `keep_pool`; the last one gives the memory back, once no call is inside."""
-        self._keepers -= 1
-        self._apply_keepers()
+        self._keep(-1)
 
-    def _apply_keepers(self) -> None:
-        for _, driver in self._engines.values():
-            driver.set_release_when_idle(self._keepers == 0)
+    @property
+    def keeps_pool(self) -> bool:
+        """Whether the pool outlives the calls at the moment."""
+        return self._keepers > 0
+
+    def _keep(self, more: int) -> None:
+        with self._building:
+            self._keepers += more
+            drivers = [driver for _, driver in self._engines.values()]
+        for driver in drivers:
+            driver.set_release_when_idle(not self.keeps_pool)
 
     # ------------------------------------------------------------------------------------------------------ on and off
 
@@ -132,10 +159,13 @@ class PatchedModel:
 
     def remove(self) -> None:
         """Take everything back: the method, the registries, what plugins changed, the memory."""
-        for built, driver in self._engines.values():
+        with self._building:
+            self._removed = True
+            engines = list(self._engines.values())
+            self._engines.clear()
+        for built, driver in engines:
             driver.close()
             built.close()
-        self._engines.clear()
         self._ledger.undo()
 
 
@@ -144,6 +174,7 @@ class _PatchedGenerate:
 
     def __init__(self, patched: PatchedModel) -> None:
         functools.update_wrapper(self, STOCK_GENERATE)
+        self.__signature__ = inspect.signature(types.MethodType(STOCK_GENERATE, patched.model))
         self.patched = patched
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,14 +183,32 @@ class _PatchedGenerate:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self
 
+    def __reduce__(self) -> Any:
+        """A copy of the model (deepcopy, pickle) generates as in Transformers until it is patched itself."""
+        return _generate_of_class, (self.patched.model,)
+
+
+def _generate_of_class(model: PreTrainedModel) -> Any:
+    return types.MethodType(type(model).generate, model)
+
 
 def _generate_on_any_model(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`GenerationMixin.generate` under `patch()`: the first call patches the model."""
+    if _everywhere.config is None or type(self).generate is not GenerationMixin.generate:
+        return STOCK_GENERATE(self, *args, **kwargs)  # unpatched meanwhile; or called by a class's generate(), as super()'s
     return _implicitly_patched(self).generate(*args, **kwargs)
 
 
-def _is_ours(function: Any) -> bool:
-    return getattr(function, "__wrapped__", function) is _generate_on_any_model or function is _generate_on_any_model
+def _stock_generate(model: PreTrainedModel) -> tuple[Callable[..., Any], str | None]:
+    """What a model's `generate()` is without us, and the reason, if there is one, why the engine can't take its place."""
+    own = vars(model).get("generate")
+    function = getattr(own, "__func__", None)
+    of_class = function in (type(model).generate, STOCK_GENERATE) or getattr(function, "__wrapped__", None) is STOCK_GENERATE
+    if own is not None and not of_class:  # a copy of a patched model has its class's
+        return own, "the model has a generate() of its own"
+    if type(model).generate is GenerationMixin.generate:
+        return functools.partial(STOCK_GENERATE, model), None
+    return functools.partial(type(model).generate, model), f"{type(model).__name__} has a generate() of its own"
 
 
 class _Everywhere:
@@ -200,8 +249,9 @@ def patch(model: Any = None, config: PagedConfig | None = None, **options: Any) 
         if existing is None:
             existing = PatchedModel(inner, wanted)
             existing.install()
-        elif (config is not None or options) and existing.config != wanted:
+        if (config is not None or options) and existing.config != wanted:
             raise ConfigError(f"{type(inner).__name__} is patched with other options already; unpatch it first")
+        existing.visitors = None
         return existing
 
 
@@ -229,15 +279,20 @@ def paged(model: Any, config: PagedConfig | None = None, **options: Any) -> Iter
     with _lock:
         inner = unwrap(model)
         before = patched(inner)
+        visitors = before.visitors if before is not None else 0
         handle = patch(inner, config, **options)
-    assert handle is not None
-    handle.keep_pool()
+        assert handle is not None
+        handle.visitors = None if visitors is None else visitors + 1
+        handle.keep_pool()
     try:
         yield handle
     finally:
-        handle.give_pool_back()
-        if before is None:
-            unpatch(inner)
+        with _lock:
+            handle.give_pool_back()
+            if handle.visitors is not None:
+                handle.visitors -= 1
+                if handle.visitors == 0:
+                    handle.remove()
 
 
 def patched(model: PreTrainedModel) -> PatchedModel | None:

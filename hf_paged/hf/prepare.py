@@ -7,13 +7,13 @@ processors, criteria and the prepared generation config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerationMode, StopStringCriteria
+from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria, StopStringCriteria
 
 STOCK_GENERATE = GenerationMixin.generate
 _SIGNATURE = inspect.signature(STOCK_GENERATE)
@@ -53,13 +53,14 @@ class Prepared:
     @property
     def max_new_tokens(self) -> int:
         """Most new tokens of a row; stock draws one at least."""
-        return max(1, self.criteria.max_length - self.input_ids.shape[1])
+        lengths = [criterion.max_length for criterion in self.criteria if isinstance(criterion, MaxLengthCriteria)]
+        return max(1, min(lengths) - self.input_ids.shape[1])
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The ids that end a row."""
-        ids = self.config._eos_token_tensor
-        return frozenset(ids.tolist()) if ids is not None else frozenset()
+        """The ids that end a row: those of the criteria, for a caller's own goes before the config's."""
+        criteria = [criterion for criterion in self.criteria if isinstance(criterion, EosTokenCriteria)]
+        return frozenset(token for criterion in criteria for token in criterion.eos_token_id.flatten().tolist())
 
 
 def prepare(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
@@ -74,6 +75,7 @@ def prepare(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     given.pop("kwargs", None)
     given.pop("self")
     _check_arguments(model, given)
+    given.pop("labels", None)  # Seq2SeqTrainer passes them on; stock takes them out before each forward
     streamer, tokenizer = given.pop("streamer", None), given.pop("tokenizer", None)
     criteria = _stop_strings(model, given, tokenizer)
     seen: list[Prepared] = []
@@ -109,22 +111,33 @@ def _check_arguments(model: PreTrainedModel, given: dict[str, Any]) -> None:
     reasons = {
         "assistant_model": "assisted decoding",
         "custom_generate": "custom_generate",
-        "synced_gpus": "synced_gpus",
         "negative_prompt_ids": "classifier-free guidance",
         "inputs_embeds": "inputs_embeds",
         "past_key_values": "a cache of the caller's own (past_key_values)",
         "position_ids": "position_ids of the caller's own",
-        "streamer": None,
     }
     for name, reason in reasons.items():
-        if reason and given.get(name) is not None and given[name] is not False:
+        if given.get(name) is not None and given[name] is not False:
             raise Unsupported(f"{reason} is not carried on the engine yet")
+    if model._extract_generation_mode_kwargs(None, {}, given.get("synced_gpus"), None, None).get("synced_gpus"):
+        raise Unsupported("synced_gpus (DeepSpeed ZeRO-3, FSDP: processes that forward in step) is not carried on the engine")
     if given.get("inputs") is None and given.get("input_ids") is None:
         raise Unsupported("generation from the BOS token alone is not carried on the engine yet")
-    if given.get("cache_implementation") not in _PLAIN_CACHES:
-        raise Unsupported(f"cache_implementation={given['cache_implementation']!r} asks for another cache")
-    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise Unsupported("the model is in training mode, with dropout")
+    if (cache := _setting(model, given, "cache_implementation")) not in _PLAIN_CACHES:
+        raise Unsupported(f"cache_implementation={cache!r} asks for another cache")
+    if _setting(model, given, "token_healing"):
+        raise Unsupported("token_healing is not carried on the engine yet")
+    if "prepare_inputs_for_generation" in vars(model):
+        raise Unsupported("somebody replaced its prepare_inputs_for_generation (PEFT's prompt tuning does)")
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    if any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks):
+        raise Unsupported("adapter_names (a LoRA adapter for each row) is not carried on the engine yet")
+
+
+def _setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
+    """What an option of the generation config comes to: given by name, in the config given, or in the model's own."""
+    sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(model.generation_config, name, None))
+    return next((value for value in sources if value is not None), None)
 
 
 def _check_prepared(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
@@ -142,9 +155,7 @@ def _check_prepared(config: GenerationConfig, model_kwargs: dict[str, Any]) -> N
 
 def _stop_strings(model: PreTrainedModel, given: dict[str, Any], tokenizer: Any) -> list[StopStringCriteria]:
     """Stop strings as a criterion of ours: the tokenizer they need doesn't pass through `custom_generate`."""
-    config = given.get("generation_config")
-    sources = (given.get("stop_strings"), getattr(config, "stop_strings", None), model.generation_config.stop_strings)
-    strings = next((strings for strings in sources if strings), None)
+    strings = _setting(model, given, "stop_strings")
     if strings is None or tokenizer is None:
         return []  # without a tokenizer Transformers raises by itself
     given["stop_strings"] = None

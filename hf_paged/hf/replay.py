@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_paged.errors import UnsupportedCallError
+from hf_paged.hf.spec import check_mode
+from hf_paged.hf.weights import WeightWatch
+
 
 class ReplayedCache(DynamicCache):
     """Stock's `past_key_values` after a call: keys and values of every token but the last.
 
     The engine's blocks went back to the pool when the call ended, and few callers ever read this. On first use one
-    forward over the sequences fills it, with the weights of that moment.
+    forward over the sequences fills it, if the weights are still the same.
 
     Args:
         model: what filled it.
@@ -24,6 +28,8 @@ class ReplayedCache(DynamicCache):
 
     def __init__(self, model: PreTrainedModel, sequences: torch.Tensor, width: int, prompts: Sequence[list[int]]) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
+        self._weights = WeightWatch(model)
+        self._fingerprint = self._weights.fingerprint()
         self._replay: tuple[Any, ...] | None = (model, sequences, width, prompts)
 
     @property
@@ -40,6 +46,12 @@ class ReplayedCache(DynamicCache):
         if getattr(self, "_replay", None) is None:
             return
         model, sequences, width, prompts = self._replay  # type: ignore[misc]
+        check_mode(model)
+        if self._weights.fingerprint() != self._fingerprint:
+            raise UnsupportedCallError(
+                "the weights or adapters changed after generate() returned this cache, which is computed when it is first "
+                "read; read it earlier (cache.get_seq_length() will do), or take the patch off for this call"
+            )
         self._replay = None
         tokens = sequences[:, :-1].to(model.device)
         mask = torch.ones_like(tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
 from hf_paged.hf.noise import CallNoise
@@ -27,7 +28,8 @@ _PLAIN_CRITERIA = frozenset((stopping_criteria.MaxLengthCriteria, stopping_crite
 
 def is_plain(call: Prepared) -> bool:
     """Greedy, to a length or an end-of-sequence id: the engine needs no help."""
-    return not call.config.do_sample and not call.processors and all(type(c) in _PLAIN_CRITERIA for c in call.criteria)
+    chosen_by_itself = not call.config.do_sample and not call.processors
+    return chosen_by_itself and not _watched(call) and all(type(c) in _PLAIN_CRITERIA for c in call.criteria)
 
 
 def is_rowwise(call: Prepared) -> bool:
@@ -35,16 +37,20 @@ def is_rowwise(call: Prepared) -> bool:
 
     Where nothing pads finished rows, stock lets them run on until the last one has ended; that needs all of them.
     """
-    config = call.config
-    wants_scores = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     pads = any(hasattr(c, "eos_token_id") for c in call.criteria)
     return (
-        call.streamer is None
-        and not wants_scores
+        not _watched(call)
         and all(type(p) in ROWWISE_PROCESSORS for p in call.processors)
         and all(type(c) in ROWWISE_CRITERIA for c in call.criteria)
         and (pads or all(type(c) is stopping_criteria.MaxLengthCriteria for c in call.criteria))
     )
+
+
+def _watched(call: Prepared) -> bool:
+    """Whether the caller sees each step of the whole batch: through a streamer, or by its scores."""
+    config = call.config
+    wants_scores = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    return call.streamer is not None or bool(wants_scores)
 
 
 class RowwiseSampler:
@@ -85,10 +91,24 @@ class RowwiseSampler:
         rows = torch.tensor([self._row[request] for request in requests], device=device)
         outputs = torch.tensor([request.output_token_ids for request in requests], dtype=self._prompts.dtype, device=device)
         input_ids = torch.cat([self._prompts[rows], outputs.view(len(requests), step)], dim=-1)
-        scores = self._processors(input_ids, logits.to(copy=True, dtype=torch.float32, device=device))
+        processors = LogitsProcessorList(_for_rows(processor, rows) for processor in self._processors)
+        scores = processors(input_ids, logits.to(copy=True, dtype=torch.float32, device=device))
         if self._noise is not None:
-            tokens = (scores.softmax(-1) / self._noise.at(step)[rows]).argmax(-1)
+            probabilities = scores.softmax(-1)
+            if not bool(probabilities.sum().isfinite()):  # stock's words, from torch.multinomial
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            tokens = (probabilities / self._noise.at(step)[rows]).argmax(-1)
         else:
             tokens = scores.argmax(-1)
         ends = self._criteria(torch.cat([input_ids, tokens[:, None]], dim=-1), None)
         return tokens.tolist(), ends.tolist()
+
+
+def _for_rows(processor: LogitsProcessor, rows: torch.Tensor) -> LogitsProcessor:
+    """A processor that may have been given something for each row of the batch, for some of its rows."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, torch.Tensor):
+        return processor
+    narrowed = copy.copy(processor)
+    narrowed.prompt_ignore_length = ignored.to(rows.device)[rows]
+    return narrowed

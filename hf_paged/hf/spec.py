@@ -78,12 +78,13 @@ class _Look(PagedStep):
 
 
 def flat_model(model: nn.Module) -> FlatModel:
-    """The model on the flat path.
+    """The model on the flat path. It is in eval mode, or has no dropout.
 
     Raises:
         UnsupportedModelError: it can't be carried; the message says why.
     """
     model = _check_class(model)
+    check_mode(model)
     configs = attention_configs(model)
     _check_config(model.config.get_text_config(decoder=True))
     look = _look_at(model, configs)
@@ -110,6 +111,21 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def check_mode(model: PreTrainedModel) -> None:
+    """Refuse a model whose forward is random: in training mode, with a layer that drops, or a config which says so.
+
+    Raises:
+        UnsupportedModelError: it is.
+    """
+    if not any(module.training for module in model.modules()):
+        return
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    rates = [rate for c in configs for name, rate in vars(c).items() if "drop" in name or "jitter" in name]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    if any(isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0 for rate in rates):
+        raise UnsupportedModelError("the model is in training mode, with dropout; call model.eval() first")
+
+
 def attention_configs(model: PreTrainedModel) -> list[Any]:
     """The configs, each once, that name the attention of the model or of a part of it."""
     found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
@@ -124,6 +140,9 @@ def _check_class(model: Any) -> PreTrainedModel:
         raise UnsupportedModelError(f"{type(model).__name__} is not a Transformers model that generates")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError("it is an encoder-decoder")
+    for name in ("prepare_inputs_for_generation", "_sample"):
+        if not getattr(type(model), name).__module__.startswith("transformers."):
+            raise UnsupportedModelError(f"{type(model).__name__} has a {name}() of its own")
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise UnsupportedModelError("its forward takes no position_ids, so rows can't share a flat batch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,17 +17,17 @@ class WeightWatch:
 
     A parameter changes by an in-place operation (its version counter moves), by getting new storage (its pointer
     moves), or through `parameter.data`, which moves neither; so a few elements of each are compared as well. Adapters
-    are switched by attributes of their layers.
+    are switched by attributes of their layers, and hooks come and go.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def fingerprint(self) -> Hashable:
-        """A value that is another one after the weights, the active adapters or the modules changed."""
+        """A value that is another one after the weights, the active adapters, the hooks or the modules changed."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors if t.device.type != "meta"))
-        return counters, _sampled(tensors), tuple(_adapters(self._model))
+        return counters, _sampled(tensors), tuple(_adapters(self._model)), tuple(_hooks(self._model))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -47,9 +48,17 @@ def _sampled(tensors: list[torch.Tensor]) -> int:
     return hash(tuple(torch.cat(group).cpu().numpy().tobytes() for group in by_kind.values()))
 
 
+def _hooks(model: nn.Module) -> Iterator[int]:
+    """The ids of the forward hooks, which may change what a layer gives; no id is used twice."""
+    for module in model.modules():
+        yield from module._forward_hooks
+        yield from module._forward_pre_hooks
+
+
 def _adapters(model: nn.Module) -> Iterator[Hashable]:
     """What PEFT layers do at the moment: which adapters are active, merged, scaled, or switched off."""
-    for module in model.modules():
+    layers: Iterator[Any] = model.modules()
+    for module in layers:
         if hasattr(module, "merged_adapters"):
             scaling = getattr(module, "scaling", None)
             scales = tuple(scaling.items()) if isinstance(scaling, dict) else ()

@@ -30,16 +30,36 @@ def attend(
         Output [kv heads, group, n, value_head_dim] in the query's dtype, log-sum-exp [kv heads, group, n] in float32,
         or float64 for a float64 query.
     """
-    same_size = query.shape[-1] == value.shape[-1]
-    if query.device.type != "cpu" or softcap or not same_size or query.dtype not in _FLASH_DTYPES:
+    if not flash_serves(query, value, softcap):
         return _by_definition(query, key, value, scale, causal, mask, softcap)
     group, n = query.shape[1:3]
     if n == 1 and mask is None:  # the group's heads are as good as queries of one head
-        output, lse = _flash(query.transpose(1, 2), key[:, None], value[:, None], scale)
+        output, lse = flash(query.transpose(1, 2), key[:, None], value[:, None], scale)
         return output.transpose(1, 2), lse.transpose(1, 2)
     shared = (-1, group, -1, -1)  # one key head for the whole group, without a copy
     additive = None if mask is None else query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    return _flash(query, key[:, None].expand(shared), value[:, None].expand(shared), scale, causal, additive)
+    return flash(query, key[:, None].expand(shared), value[:, None].expand(shared), scale, causal, additive)
+
+
+def flash_serves(query: torch.Tensor, value: torch.Tensor, softcap: float | None) -> bool:
+    """Whether torch's fused CPU attention can do it."""
+    same_size = query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and not softcap and same_size and query.dtype in _FLASH_DTYPES
+
+
+def flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's fused CPU attention, with its log-sum-exp; [batch, heads, queries, head_dim] each."""
+    # The public function over it doesn't return the log-sum-exp.
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
 def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,20 +85,6 @@ def with_sinks(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> 
     """
     share = torch.sigmoid(lse - sinks.view(lse.shape[0], lse.shape[1], 1).to(lse.dtype))
     return output * share[..., None].to(output.dtype)
-
-
-def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    causal: bool = False,
-    mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # The public function over it doesn't return the log-sum-exp.
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
 
 
 def _by_definition(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.types import Batch, KVCache, LayerPlan, Scheduled
-from hf_paged_sdpa.attend import attend, merge, with_sinks
+from hf_paged_sdpa.attend import attend, flash, flash_serves, merge, with_sinks
 
 # Runs beyond this many are gathered first: a call costs more than copying a few blocks.
 MOST_RUNS = 4
@@ -73,22 +73,47 @@ class SDPAPlan:
         group = self._groups[layer]
         keys, values = self._cache.keys[layer].flatten(1, 2), self._cache.values[layer].flatten(1, 2)
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
-        query, new_keys, new_values = query.to(keys.dtype), key.transpose(0, 1).to(keys.dtype), value.transpose(0, 1).to(keys.dtype)
-        keys.index_copy_(1, self._slots[group], new_keys)
-        values.index_copy_(1, self._slots[group], new_values)
+        query, key, value = query.to(keys.dtype), key.to(keys.dtype), value.to(keys.dtype)
+        keys.index_copy_(1, self._slots[group], key.transpose(0, 1))
+        values.index_copy_(1, self._slots[group], value.transpose(0, 1))
+        rows = self._rows[group]
+        pieces: list[torch.Tensor] = []
+        if flash_serves(query, value, softcap) and sinks is None:
+            pieces = _decode(rows, query, keys, values, scale)
         num_kv_heads, head_dim = key.shape[1:]
         grouped = query.view(len(query), num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        outputs = []
-        for row in self._rows[group]:
+        for row in rows[len(pieces) :]:
             own = slice(row.first, row.last)
             stretches = [(keys[:, run.start : run.stop], values[:, run.start : run.stop]) for run in row.runs]
             if len(stretches) > MOST_RUNS or (row.mask is not None and stretches):
                 stretches = [(torch.cat(k, 1), torch.cat(v, 1)) for k, v in [tuple(zip(*stretches, strict=True))]]
-            output, lse = _attend_row(row, grouped[:, :, own], new_keys[:, own], new_values[:, own], stretches, scale, softcap)
+            new_keys, new_values = key[own].transpose(0, 1), value[own].transpose(0, 1)
+            output, lse = _attend_row(row, grouped[:, :, own], new_keys, new_values, stretches, scale, softcap)
             if sinks is not None:
                 output = with_sinks(output, lse, sinks)
-            outputs.append(output.permute(2, 0, 1, 3).reshape(row.last - row.first, -1, output.shape[-1]))
-        return torch.cat(outputs)
+            pieces.append(output.permute(2, 0, 1, 3).reshape(row.last - row.first, -1, output.shape[-1]))
+        return torch.cat(pieces)
+
+
+def _decode(
+    rows: Sequence[Row], query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> list[torch.Tensor]:
+    """The leading rows that are one query over one run: most rows of most steps, so nothing is done twice for them.
+
+    The query heads of a key head are taken for queries of one head: they see the same keys.
+    """
+    num_kv_heads, _, head_dim = keys.shape
+    queries = query.view(len(query), num_kv_heads, 1, -1, head_dim).unbind(0)
+    keys, values = keys.unsqueeze(1), values.unsqueeze(1)
+    pieces = []
+    for row, one in zip(rows, queries, strict=False):
+        if row.fresh or len(row.runs) != 1:
+            break
+        run = row.runs[0]
+        start, length = run.start, run.stop - run.start
+        output, _ = flash(one, keys.narrow(2, start, length), values.narrow(2, start, length), scale)
+        pieces.append(output.reshape(1, -1, head_dim))
+    return pieces
 
 
 def _attend_row(

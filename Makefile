@@ -1,0 +1,67 @@
+# Every target sets itself up: nothing but Python and make is needed.
+#
+#   make demo         SmolLM2-135M, stock generate() against the patched one
+#   make test         the test suite, on CPU, without a network (ARGS="-k blocks" goes to pytest)
+#   make test-517     the same against the oldest Transformers supported
+#   make lint         ruff and mypy
+#   make bench        throughput on CPU: hf_paged, Transformers' continuous batching, static batches
+#   make wheel        build the wheel into dist/
+#   make wheel-test   build it, install it into an empty environment, and generate with it there
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= auto
+ARGS ?=
+BENCH_ARGS ?= --workload cpu --engine hf_paged,generate_batch,generate --repeats 3
+
+ENV_FILES = pyproject.toml constraints.txt tools/setup_env.py
+# One thread for each test process: more of them than cores would only wait for each other.
+PYTEST = env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST_ARGS = -q -n $(JOBS) --dist worksteal --durations 15 $(ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-517 lint format bench wheel wheel-test clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/ready
+	$(VENV)/bin/hf-paged demo $(ARGS)
+
+test: $(VENV)/ready
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-517: .venv-517/ready
+	$(PYTEST) .venv-517/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+bench: $(VENV)/ready
+	$(VENV)/bin/hf-paged bench throughput $(BENCH_ARGS)
+
+wheel: $(VENV)/ready
+	rm -rf dist
+	$(VENV)/bin/python -m hatchling build --target wheel --directory dist
+
+wheel-test: wheel
+	$(PYTHON) tools/setup_env.py .venv-wheel --wheel dist/hf_paged-*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/python $(CURDIR)/tools/wheel_test.py
+
+$(VENV)/ready: $(ENV_FILES)
+	$(PYTHON) tools/setup_env.py $(VENV) --extras dev
+	touch $@
+
+.venv-517/ready: $(ENV_FILES)
+	$(PYTHON) tools/setup_env.py .venv-517 --extras test --transformers 5.17.0
+	touch $@
+
+clean:
+	rm -rf .venv .venv-517 .venv-wheel dist

@@ -1,0 +1,3 @@
+"""The version, for people and for the build."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""`hf-paged`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import hf_paged
+from hf_paged import plugins
+from hf_paged._version import __version__
+from hf_paged.arguments import add_model_options
+from hf_paged.bench import models, throughput
+from hf_paged.config import PagedConfig
+from hf_paged.demo import commands
+from hf_paged.errors import HFPagedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. Errors that hf_paged raises on purpose become one line on stderr and status 2."""
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args) or 0
+    except HFPagedError as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"hf-paged: error: {error}{notes}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-paged`, with the commands of the plugins.
+
+    Raises:
+        PluginError: a plugin can't be loaded, or raised.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-paged", description="Paged attention and continuous batching for Hugging Face Transformers models."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-paged {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands.add_demo_parser(subparsers)
+    commands.add_generate_parser(subparsers)
+    _add_bench_parser(subparsers)
+    _add_check_parser(subparsers)
+    _add_plugins_parser(subparsers)
+    plugins.call(plugins.load(PagedConfig()), "register_cli", subparsers=subparsers)
+    return parser
+
+
+def _add_bench_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("bench", help="measure, and compare with other engines")
+    throughput.add_parser(parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True))
+
+
+def _add_check_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "check",
+        help="tell how a model would be carried, and why",
+        description="Load a model, try it on the paged engine, and tell how it would be carried, or why it can't be.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="name or directory")
+    add_model_options(parser)
+    parser.set_defaults(run=_check)
+
+
+def _add_plugins_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("plugins", help="list the plugins that are loaded, and where they come from")
+    parser.set_defaults(run=_plugins)
+
+
+def _check(args: argparse.Namespace) -> int:
+    print(hf_paged.explain(models.load(args.model, args.device, args.dtype)))
+    return 0
+
+
+def _plugins(args: argparse.Namespace) -> int:
+    table = Table()
+    table.add_column("plugin")
+    table.add_column("from")
+    for name, origin in plugins.loaded(plugins.load(PagedConfig())):
+        table.add_row(name, origin)
+    Console().print(table)
+    return 0

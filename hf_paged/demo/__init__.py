@@ -1,0 +1,1 @@
+"""The demo: stock `generate()` against the patched one, on the same prompts, side by side."""

@@ -1,0 +1,33 @@
+"""What every test shares: no network, one thread a process, and the demo's model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports them: Transformers, the hub client and torch read these once. One thread a process, for the
+# workers of pytest-xdist share the cores, and threads that wait for each other on a busy machine lose a hundredfold.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as a directory for from_pretrained; fetched and converted once a machine (a minute)."""
+    from hf_paged.demo import smollm2
+
+    return smollm2.ensure()

@@ -1,0 +1,223 @@
+"""The scheduler: who is served, with how many tokens, and who has to go. Without a model."""
+
+from __future__ import annotations
+
+import pytest
+from engine.fake import make_request
+
+from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
+from hf_paged.engine.tables import BlockTables
+
+
+def make_scheduler(kind=FCFSScheduler, *, num_blocks=40, size=4, seqs=8, budget=10, windows=(None,), **options):
+    tables = BlockTables(windows, [num_blocks] * len(windows), size, prefix_caching=False)
+    return kind(tables, max_num_seqs=seqs, max_num_batched_tokens=budget, **options)
+
+
+def add(scheduler, *lengths, **fields):
+    requests = [make_request([index] * length, **fields) for index, length in enumerate(lengths)]
+    for request in requests:
+        scheduler.add(request)
+    return requests
+
+
+def step(scheduler):
+    """One step whose forward gives every row that samples the token 0. The shares: (request, start, count)."""
+    made = scheduler.schedule()
+    scheduler.commit(made)
+    for row in made.rows:
+        if row.request.num_pending == 0:
+            row.request.token_ids.append(0)
+    scheduler.check()
+    return [(row.request, row.start, row.count) for row in made.rows]
+
+
+def test_nothing_to_do():
+    scheduler = make_scheduler()
+    assert not scheduler.has_work
+    assert step(scheduler) == []
+
+
+def test_prompts_are_cut_into_chunks_of_the_budget():
+    scheduler = make_scheduler(budget=10)
+    a, b = add(scheduler, 23, 4)
+    assert step(scheduler) == [(a, 0, 10)]
+    assert step(scheduler) == [(a, 10, 10)]
+    assert step(scheduler) == [(a, 20, 3), (b, 0, 4)]
+    assert step(scheduler) == [(a, 23, 1), (b, 4, 1)]
+
+
+def test_answers_that_have_begun_come_before_prompts():
+    scheduler = make_scheduler(budget=6)
+    a, b = add(scheduler, 8, 3)
+    step(scheduler)
+    assert step(scheduler) == [(a, 6, 2), (b, 0, 3)]
+    (c,) = add(scheduler, 20)
+    assert step(scheduler) == [(a, 8, 1), (b, 3, 1), (c, 0, 4)]
+    assert step(scheduler) == [(a, 9, 1), (b, 4, 1), (c, 4, 4)]
+
+
+def test_no_more_rows_than_allowed():
+    scheduler = make_scheduler(seqs=2)
+    a, b, c = add(scheduler, 1, 1, 1)
+    assert step(scheduler) == [(a, 0, 1), (b, 0, 1)]
+    scheduler.remove(a)
+    assert step(scheduler) == [(b, 1, 1), (c, 0, 1)]
+
+
+def test_first_come_first_served_also_when_a_later_one_would_fit():
+    scheduler = make_scheduler(num_blocks=5, budget=9)
+    a, b, c = add(scheduler, 9, 9, 1)
+    assert step(scheduler) == [(a, 0, 9)]
+    assert step(scheduler) == [(a, 9, 1)]
+    assert scheduler.waiting == [b, c]
+
+
+def test_priority_orders_admission():
+    scheduler = make_scheduler(PriorityScheduler, budget=4)
+    low, high, same = [make_request([1] * 4, priority=p) for p in (5, 1, 5)]
+    for request in (low, high, same):
+        scheduler.add(request)
+    assert step(scheduler) == [(high, 0, 4)]
+    assert scheduler.waiting == [low, same]
+
+
+def test_out_of_blocks_the_last_in_the_order_goes():
+    scheduler = make_scheduler(num_blocks=5, budget=20)
+    a, b = add(scheduler, 8, 7)
+    assert step(scheduler) == [(a, 0, 8), (b, 0, 7)]
+    made = scheduler.schedule()
+    assert [row.request for row in made.rows] == [a]
+    assert made.preempted == [b]
+    scheduler.commit(made)
+    assert (b.num_computed, b.tables, b.metrics.num_preemptions) == (0, [], 1)
+    assert scheduler.num_preemptions == 1
+    scheduler.remove(a)
+    assert step(scheduler) == [(b, 0, 8)]  # its output token too
+
+
+def test_priority_decides_who_goes():
+    scheduler = make_scheduler(PriorityScheduler, num_blocks=5, budget=20)
+    low, high = make_request([1] * 7, priority=1), make_request([2] * 8, priority=0)
+    scheduler.add(low)
+    scheduler.add(high)
+    step(scheduler)
+    assert scheduler.running == [high, low]
+    assert step(scheduler) == [(high, 8, 1)]
+    assert scheduler.waiting == [low]
+
+
+def test_the_tokens_of_a_preempted_share_go_to_others():
+    scheduler = make_scheduler(num_blocks=6, budget=6, size=2)
+    a, b, c = add(scheduler, 2, 2, 2)
+    step(scheduler)
+    step(scheduler)
+    assert sum(count for _, _, count in step(scheduler)) <= 6
+    assert not {a, b, c} - {*scheduler.running, *scheduler.waiting}
+
+
+def test_a_held_request_is_not_served_but_keeps_its_blocks():
+    scheduler = make_scheduler()
+    a, b = add(scheduler, 4, 4)
+    step(scheduler)
+    a.held = True
+    assert step(scheduler) == [(b, 4, 1)]
+    b.held = True
+    assert not scheduler.has_work
+    assert a.tables
+    a.held = False
+    assert step(scheduler) == [(a, 4, 1)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_held_requests_make_room_when_nothing_else_could_go_on(first):
+    scheduler = make_scheduler(num_blocks=4, budget=20)
+    held, other = add(scheduler, 8, 8) if first else reversed(add(scheduler, 8, 8))
+    step(scheduler)
+    step(scheduler)
+    if not first:
+        scheduler.remove(held)
+        scheduler.add(held)
+        step(scheduler)
+    for request in (held, other):
+        request.held = request is held
+    served = [request for _ in range(3) for request, _, _ in step(scheduler)]
+    assert other in served
+
+
+def test_children_wait_for_their_parents_prompt():
+    scheduler = make_scheduler(budget=6)
+    parent = make_request([1] * 9)
+    child = make_request([1] * 9, parent=parent)
+    scheduler.add(parent)
+    scheduler.add(child)
+    assert step(scheduler) == [(parent, 0, 6)]
+    assert step(scheduler) == [(parent, 6, 3)]
+    assert step(scheduler) == [(parent, 9, 1), (child, 8, 1)]
+
+
+@pytest.mark.parametrize("fate", ["finished", "held and preempted", "never added"])
+def test_children_do_not_wait_for_what_will_not_come(fate):
+    scheduler = make_scheduler()
+    parent = make_request([1] * 9)
+    child = make_request([1] * 9, parent=parent)
+    if fate != "never added":
+        scheduler.add(parent)
+        step(scheduler)
+        parent.token_ids.pop()  # handed out, not answered
+        parent.held = True
+        scheduler._preempt(parent)
+    if fate == "finished":
+        scheduler.remove(parent)
+    scheduler.add(child)
+    assert scheduler.has_work
+    assert step(scheduler) == [(child, 0, 9)]
+
+
+def test_served_apart_until_up_to_date():
+    """Those that failed together are tried in groups, each to the point where it failed."""
+    scheduler = make_scheduler(budget=4)
+    a, b, c = add(scheduler, 6, 3, 2)
+    scheduler.serve_apart([a], [b, c])
+    assert step(scheduler) == [(a, 0, 4)]
+    assert step(scheduler) == [(a, 4, 2)]
+    assert step(scheduler) == [(b, 0, 3), (c, 0, 1)]
+    assert step(scheduler) == [(c, 1, 1)]
+    assert [request for request, _, _ in step(scheduler)] == [a, b, c]
+
+
+def test_groups_served_apart_make_room_for_each_other():
+    scheduler = make_scheduler(num_blocks=4, budget=20)
+    a, b = add(scheduler, 8, 8)
+    scheduler.serve_apart([a], [b])
+    assert step(scheduler) == [(a, 0, 8)]
+    assert step(scheduler) == [(b, 0, 8)]
+    assert a in scheduler.waiting
+
+
+def test_a_group_whose_requests_are_gone_holds_nobody_up():
+    scheduler = make_scheduler()
+    a, b = add(scheduler, 2, 2)
+    scheduler.serve_apart([a], [b])
+    scheduler.remove(a)
+    assert step(scheduler) == [(b, 0, 2)]
+
+
+def test_restart():
+    scheduler = make_scheduler()
+    a, b = add(scheduler, 4, 4)
+    step(scheduler)
+    scheduler.running.remove(a)  # broken off on its way from one queue to the other
+    scheduler.restart([b, a])
+    scheduler.check()
+    assert scheduler.waiting == [a, b]
+    assert step(scheduler) == [(a, 0, 5), (b, 0, 5)]
+
+
+def test_check_finds_a_lost_block():
+    scheduler = make_scheduler()
+    (a,) = add(scheduler, 4)
+    step(scheduler)
+    a.tables[0].pop()
+    with pytest.raises(AssertionError, match="differ"):
+        scheduler.check()

@@ -1,0 +1,485 @@
+"""Putting the patch on and taking it off leaves no trace, whatever happens between."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import threading
+import time
+import warnings
+import weakref
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from stock import caught, padded, same_tensor, snapshot
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import hf_paged
+import zoo
+
+BATCH = padded(zoo.prompts(2, (11, 4, 17)))
+KWARGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+def hits(handle: Any) -> int:
+    return handle.stats.prefix_queries
+
+
+# ------------------------------------------------------------------------------------------------------ without a trace
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "mamba", "bart"])
+def test_vars_are_as_before(family: str) -> None:
+    model = zoo.build(family)
+    before = snapshot(model)
+    hf_paged.patch(model, on_unsupported="silent")
+    assert vars(model)["generate"] is model.generate
+    model.generate(**BATCH, **KWARGS)
+    model.generate(**BATCH, **KWARGS, num_beams=2)
+    with pytest.raises(ValueError):
+        model.generate(**BATCH, **KWARGS, foo=1)
+    hf_paged.unpatch(model)
+    assert snapshot(model) == before
+    assert "generate" not in vars(model)
+
+
+def test_vars_are_as_before_after_an_exception(llama: PreTrainedModel) -> None:
+    before = snapshot(llama)
+    hf_paged.patch(llama)
+    handle = llama.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    with warnings.catch_warnings(), pytest.raises(ZeroDivisionError):
+        warnings.simplefilter("ignore")
+        llama.generate(**BATCH, **KWARGS)
+    handle.remove()
+    hf_paged.unpatch(llama)
+    assert snapshot(llama) == before
+
+
+def test_registries_are_ours_only_while_something_is_patched(llama: PreTrainedModel) -> None:
+    other = zoo.build("llama")
+    for model in (llama, other):
+        hf_paged.patch(model)
+    hf_paged.unpatch(llama)
+    assert "hf_paged" in ALL_ATTENTION_FUNCTIONS
+    hf_paged.unpatch(other)
+    assert "hf_paged" not in ALL_ATTENTION_FUNCTIONS
+    hf_paged.explain(llama)
+    assert "hf_paged" not in ALL_ATTENTION_FUNCTIONS
+
+
+def test_patched_generate_looks_like_stocks(llama: PreTrainedModel) -> None:
+    signature, doc, name = inspect.signature(llama.generate), llama.generate.__doc__, llama.generate.__name__
+    hf_paged.patch(llama)
+    assert (inspect.signature(llama.generate), llama.generate.__doc__, llama.generate.__name__) == (
+        signature,
+        doc,
+        name,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- on and off
+
+
+def test_twice_is_once(llama: PreTrainedModel) -> None:
+    handle = hf_paged.patch(llama, block_size=8)
+    assert hf_paged.patch(llama) is handle
+    assert hf_paged.patch(llama, block_size=8) is handle
+    with pytest.raises(hf_paged.ConfigError, match="unpatch"):
+        hf_paged.patch(llama, block_size=4)
+    hf_paged.unpatch(llama)
+    assert "generate" not in vars(llama)
+    hf_paged.unpatch(llama)
+    assert hf_paged.patch(llama, block_size=4) is not handle
+
+
+def test_paged_nests(llama: PreTrainedModel) -> None:
+    before = snapshot(llama)
+    with hf_paged.paged(llama, block_size=8) as outer:
+        with hf_paged.paged(llama) as inner:
+            assert inner is outer
+        llama.generate(**BATCH, **KWARGS)
+        assert outer.stats.pool_bytes > 0
+        with pytest.raises(hf_paged.ConfigError), hf_paged.paged(llama, block_size=4):
+            pass
+        assert outer.stats.pool_bytes > 0
+    assert snapshot(llama) == before
+    hf_paged.patch(llama)
+    with hf_paged.paged(llama):
+        pass
+    assert "generate" in vars(llama)  # it was patched before
+    with hf_paged.paged(llama):
+        hf_paged.patch(llama)
+    hf_paged.unpatch(llama)
+    with hf_paged.paged(llama, keep_pool=True) as handle:
+        hf_paged.patch(llama)  # from now on it is patched for good
+    assert "generate" in vars(llama)
+    hf_paged.unpatch(llama)
+    with hf_paged.paged(llama, keep_pool=True):
+        pass
+    assert "generate" not in vars(llama)
+    with pytest.raises(ZeroDivisionError), hf_paged.paged(zoo.build("llama")) as handle:
+        raise ZeroDivisionError
+    assert "generate" not in vars(handle.model)
+
+
+def test_paged_from_two_threads(llama: PreTrainedModel) -> None:
+    """The first one in leaves first; the other one is still paged."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with hf_paged.paged(llama):
+            inside.set()
+            leave.wait(60)
+
+    first = hf_paged.paged(llama)
+    first.__enter__()
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    assert inside.wait(60)
+    first.__exit__(None, None, None)
+    assert "generate" in vars(llama)
+    leave.set()
+    thread.join(60)
+    assert "generate" not in vars(llama)
+
+
+def test_a_reference_to_the_method_outlives_unpatch(llama: PreTrainedModel) -> None:
+    expected = llama.generate(**BATCH, **KWARGS)
+    hf_paged.patch(llama)
+    method = llama.generate
+    hf_paged.unpatch(llama)
+    with caught() as warned:
+        same_tensor(method(**BATCH, **KWARGS), expected)
+    assert not warned
+
+
+@pytest.mark.parametrize("thing", [None.__class__, object(), "llama", nn.Linear(2, 2), zoo.build, LlamaForCausalLM])
+def test_a_non_model(thing: Any) -> None:
+    with pytest.raises(hf_paged.UnsupportedModelError, match=type(thing).__name__):
+        hf_paged.patch(thing)
+    with pytest.raises(hf_paged.UnsupportedModelError), hf_paged.paged(thing):
+        pass
+    with pytest.raises(hf_paged.UnsupportedModelError):
+        hf_paged.explain(thing)
+
+
+def test_unpatch_while_calls_run(llama: PreTrainedModel) -> None:
+    """They end, with stock's answer or an error that says so; nothing hangs, nothing stays."""
+    before = snapshot(llama)
+    expected = llama.generate(**BATCH, max_new_tokens=60, do_sample=False)
+    hf_paged.patch(llama, on_unsupported="silent")
+    outcomes: list[Any] = []
+
+    def call() -> None:
+        try:
+            outcomes.append(llama.generate(**BATCH, max_new_tokens=60, do_sample=False))
+        except hf_paged.HFPagedError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.15)
+    hf_paged.unpatch(llama)
+    for thread in threads:
+        thread.join(60)
+    assert len(outcomes) == 6
+    for outcome in outcomes:
+        if isinstance(outcome, torch.Tensor):
+            same_tensor(outcome, expected)
+        else:
+            assert isinstance(outcome, (hf_paged.RequestAbortedError, hf_paged.EngineClosedError))
+    assert snapshot(llama) == before
+
+
+def test_a_model_that_is_gone_leaves_nothing() -> None:
+    model = zoo.build("llama")
+    hf_paged.patch(model)
+    model.generate(**BATCH, **KWARGS)
+    gone = weakref.ref(model)
+    assert "hf_paged" in ALL_ATTENTION_FUNCTIONS
+    del model
+    gc.collect()
+    assert gone() is None
+    assert "hf_paged" not in ALL_ATTENTION_FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_is_not_patched(llama: PreTrainedModel, how: Any) -> None:
+    expected = llama.generate(**BATCH, **KWARGS)
+    handle = hf_paged.patch(llama)
+    twin = how(llama)
+    same_tensor(twin.generate(**BATCH, **KWARGS), expected)
+    assert hits(handle) == 0
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.neg_()
+    different = twin.generate(**BATCH, **KWARGS)
+    assert different.tolist() != expected.tolist()
+    same_tensor(llama.generate(**BATCH, **KWARGS), expected)
+    second = hf_paged.patch(twin, on_unsupported="error")
+    same_tensor(twin.generate(**BATCH, **KWARGS), different)
+    assert hits(second) > 0
+    hf_paged.unpatch(twin)
+    hf_paged.unpatch(llama)
+    same_tensor(twin.generate(**BATCH, **KWARGS), different)
+
+
+# ------------------------------------------------------------------------------------------------------------- wrappers
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel and torch.compile have it."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        setattr(self, name, model)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: Wrapped(m, "module"), lambda m: Wrapped(Wrapped(m, "_orig_mod"), "module"), torch.compile]
+)
+def test_wrappers(llama: PreTrainedModel, wrap: Any) -> None:
+    wrapper = wrap(llama)
+    handle = hf_paged.patch(wrapper)
+    assert handle is not None
+    assert handle.model is llama
+    assert hf_paged.patch(llama) is handle
+    llama.generate(**BATCH, **KWARGS)
+    assert hits(handle) > 0
+    assert hf_paged.explain(wrapper).patched
+    hf_paged.unpatch(wrapper)
+    assert "generate" not in vars(llama)
+
+
+def test_peft(llama: PreTrainedModel) -> None:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(llama, config).eval()
+    before = snapshot(llama)
+    expected = model.generate(**BATCH, **KWARGS)
+    with hf_paged.paged(Wrapped(model, "module"), on_unsupported="error") as handle:
+        assert handle.model is llama
+        same_tensor(model.generate(**BATCH, **KWARGS), expected)
+        assert hits(handle) > 0
+    assert snapshot(llama) == before
+
+
+def test_adapters_put_on_a_patched_model(llama: PreTrainedModel) -> None:
+    with hf_paged.paged(llama, on_unsupported="error") as handle:
+        plain = llama.generate(**BATCH, **KWARGS)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(llama, config).eval()
+        tuned = model.generate(**BATCH, **KWARGS)
+        seen = hits(handle)
+        assert seen > 0
+        same_tensor(model.unload().generate(**BATCH, **KWARGS), plain)
+    torch.manual_seed(0)
+    same_tensor(peft.get_peft_model(llama, config).eval().generate(**BATCH, **KWARGS), tuned)
+
+
+# ------------------------------------------------------------------------------------------------ generate()s of others
+
+
+class Own(LlamaForCausalLM):
+    def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return super().generate(input_ids.flip(1), **kwargs)
+
+
+def own_model() -> PreTrainedModel:
+    model = zoo.build("llama")
+    model.__class__ = Own
+    return model
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_class_with_a_generate_of_its_own(everything: bool) -> None:
+    model, ids = own_model(), torch.tensor(zoo.prompts(2, (7,)))
+    expected = model.generate(ids, **KWARGS)
+    hf_paged.patch(None if everything else model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            same_tensor(model.generate(ids, **KWARGS), expected)
+            same_tensor(model.generate(ids, **KWARGS, num_beams=2)[:, :7], expected[:, :7])
+    hf_paged.unpatch(None if everything else model)
+    same_tensor(model.generate(ids, **KWARGS), expected)
+
+
+def test_an_instance_with_a_generate_of_its_own(llama: PreTrainedModel) -> None:
+    calls = []
+
+    def own(*args: Any, **kwargs: Any) -> str:
+        calls.append(args)
+        return "own"
+
+    llama.generate = own
+    before = dict(vars(llama))
+    hf_paged.patch(llama)
+    with pytest.warns(UserWarning, match="of its own"):
+        assert llama.generate(**BATCH, **KWARGS) == "own"
+    hf_paged.unpatch(llama)
+    assert vars(llama) == before
+
+
+class OtherInputs(LlamaForCausalLM):
+    """What a subclass may do that no flat batch shows."""
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs["input_ids"] = (inputs["input_ids"] + 1) % 200
+        return inputs
+
+
+def test_a_class_that_prepares_its_inputs_otherwise(llama: PreTrainedModel) -> None:
+    llama.__class__ = OtherInputs
+    expected = llama.generate(**BATCH, **KWARGS)
+    hf_paged.patch(llama)
+    with pytest.warns(UserWarning, match="prepare_inputs_for_generation"):
+        same_tensor(llama.generate(**BATCH, **KWARGS), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- every model
+
+
+def test_patch_everything(llama: PreTrainedModel) -> None:
+    stock_generate = GenerationMixin.generate
+    before = snapshot(llama)
+    expected = llama.generate(**BATCH, **KWARGS)
+    hf_paged.patch(block_size=8)
+    hf_paged.patch(block_size=8)
+    with pytest.raises(hf_paged.ConfigError, match="unpatch"):
+        hf_paged.patch(block_size=4)
+    later = zoo.build("llama")
+    for model in (llama, later):
+        same_tensor(model.generate(**BATCH, **KWARGS), expected)
+        handle = hf_paged.patch(model)
+        assert handle is not None
+        assert handle.config.block_size == 8
+        assert hits(handle) > 0
+    with pytest.warns(UserWarning, match="beam search"):
+        llama.generate(**BATCH, **KWARGS, num_beams=2)
+    bound = later.generate
+    hf_paged.unpatch()
+    assert GenerationMixin.generate is stock_generate
+    same_tensor(bound(**BATCH, **KWARGS), expected)
+    assert "generate" not in vars(later)
+    assert snapshot(llama) == before
+
+
+def test_patch_everything_and_encoder_decoders() -> None:
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    ).eval()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    expected = model.generate(ids, max_new_tokens=4)
+    hf_paged.patch()
+    with pytest.warns(UserWarning, match="encoder-decoder"):
+        same_tensor(model.generate(ids, max_new_tokens=4), expected)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:253]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
+def test_pipelines(llama: PreTrainedModel) -> None:
+    texts = ["a paged cache", "b", "continuous batching of rows"]
+    pipe = transformers.pipeline("text-generation", model=llama, tokenizer=tokenizer())
+    kwargs: dict[str, Any] = {"max_new_tokens": 9, "batch_size": 3}
+    expected = pipe(texts, do_sample=False, **kwargs)
+    torch.manual_seed(0)
+    sampled = pipe(texts, do_sample=True, num_return_sequences=2, **kwargs)
+    hf_paged.patch(on_unsupported="error")
+    assert pipe(texts, do_sample=False, **kwargs) == expected
+    torch.manual_seed(0)
+    assert pipe(texts, do_sample=True, num_return_sequences=2, **kwargs) == sampled
+    handle = hf_paged.patch(llama)
+    assert handle is not None
+    assert hits(handle) > 0
+
+
+# --------------------------------------------------------------------------------------------- others on the same model
+
+
+def test_two_models_share_a_config(llama: PreTrainedModel) -> None:
+    other = zoo.build("llama", seed=4)
+    other.config = llama.config
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = llama.config
+    expected = [model.generate(**BATCH, **KWARGS) for model in (llama, other)]
+    hf_paged.patch(llama, on_unsupported="error")
+    same_tensor(other.generate(**BATCH, **KWARGS), expected[1])
+    hf_paged.patch(other, on_unsupported="error")
+    for _ in range(2):
+        same_tensor(llama.generate(**BATCH, **KWARGS), expected[0])
+        same_tensor(other.generate(**BATCH, **KWARGS), expected[1])
+    hf_paged.unpatch(llama)
+    same_tensor(other.generate(**BATCH, **KWARGS), expected[1])
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_another_thread_trains_meanwhile(family: str, attention: str) -> None:
+    """Its forwards and backwards get their own attention and masks while generate() switches the config."""
+    model = zoo.build(family)
+    model.set_attn_implementation(attention)
+    before = snapshot(model)
+    labels = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)
+
+    def loss() -> tuple[float, float]:
+        parameter = model.model.layers[0].self_attn.q_proj.weight
+        value = model(**BATCH, labels=labels).loss
+        (gradient,) = torch.autograd.grad(value, parameter)
+        return float(value), float(gradient.norm())
+
+    expected = loss()
+    answer = model.generate(**BATCH, max_new_tokens=40, do_sample=False)
+    done = threading.Event()
+    answers: list[torch.Tensor] = []
+
+    def generate() -> None:
+        try:
+            answers.extend(model.generate(**BATCH, max_new_tokens=40, do_sample=False) for _ in range(3))
+        finally:
+            done.set()
+
+    with hf_paged.paged(model, on_unsupported="error"):
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        losses = [loss()]
+        while not done.is_set():
+            losses.append(loss())
+        thread.join()
+    assert len(losses) > 5
+    assert set(losses) == {expected}
+    assert len(answers) == 3
+    for got in answers:
+        same_tensor(got, answer)
+    after = snapshot(model)
+    assert after == before

@@ -1,0 +1,253 @@
+"""Callers from many threads meet in one batch, and each gets the answer it would have got alone."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from stock import free, padded, snapshot
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+
+import hf_paged
+import zoo
+
+THREADS = 64
+ENDS = list(range(20, 60))
+
+
+@pytest.fixture(autouse=True)
+def _no_hang() -> Iterator[None]:
+    """A hang shows where each thread is, and ends the run."""
+    faulthandler.dump_traceback_later(240, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+class Boom(Exception):
+    pass
+
+
+class Raise(LogitsProcessor):
+    """Raises at its n-th call, as a processor or a streamer."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.put(input_ids)
+        return scores
+
+    def put(self, value: torch.Tensor) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Boom
+
+    def end(self) -> None:
+        pass
+
+
+class RaiseAsCriterion(Raise, StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.put(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Bias(LogitsProcessor):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.token] += 2.0
+        return scores
+
+
+class Collect:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.count += 1
+
+    def end(self) -> None:
+        pass
+
+
+def arguments(index: int) -> dict[str, Any]:
+    """The call of one thread, without anything that is drawn at random."""
+    rows = zoo.prompts(index, [1 + (index * 7 + row * 5) % 30 for row in range(1 + index % 3)])
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3, "eos_token_id": ENDS},
+        {"logits_processor": [Bias(index + 3)]},
+        {"no_repeat_ngram_size": 2},
+        {"streamer": Collect()},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"eos_token_id": ENDS},
+        {"num_beams": 2},  # stock's, in the middle of all
+    ]
+    return {**padded(rows), "max_new_tokens": 6 + index % 11, "do_sample": False, **kinds[index % len(kinds)]}
+
+
+def tokens(result: Any) -> list[list[int]]:
+    return (result if isinstance(result, torch.Tensor) else result.sequences).tolist()
+
+
+def raising(index: int) -> dict[str, Any]:
+    trap, criterion = Raise(index % 5), RaiseAsCriterion(index % 5)
+    where = ({"streamer": trap}, {"logits_processor": [trap]}, {"stopping_criteria": [criterion]})[index // 4 % 3]
+    return {**padded(zoo.prompts(index, (9, 4))), "max_new_tokens": 12, "do_sample": False, **where}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_num_seqs": 8, "block_size": 4, "num_blocks": 60, "max_num_batched_tokens": 24}],
+    ids=["roomy", "tight"],
+)
+def test_64_threads(llama: PreTrainedModel, options: dict[str, Any]) -> None:
+    """Every fourth raises, every fourth is interrupted; the others get their sequential answers."""
+    before = snapshot(llama)
+    expected = {i: tokens(llama.generate(**arguments(i))) for i in range(THREADS) if i % 4 < 2}
+    outcomes: dict[int, Any] = {}
+    gate = threading.Barrier(THREADS + 1)
+    random.seed(0)
+
+    def work(index: int) -> None:
+        try:
+            gate.wait()
+            if index % 4 == 2:
+                llama.generate(**raising(index))
+            elif index % 4 == 3:  # interrupted somewhere on the way; the rest of a thread's life is its own
+                for _ in range(1000):
+                    llama.generate(**{**arguments(index), "max_new_tokens": 40})
+            else:
+                outcomes[index] = tokens(llama.generate(**arguments(index)))
+        except (Boom, KeyboardInterrupt) as error:
+            outcomes[index] = type(error)
+
+    with hf_paged.paged(llama, on_unsupported="silent", **options) as handle:
+        llama.generate(**arguments(0))
+        threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        gate.wait()
+        for index in range(3, THREADS, 4):
+            time.sleep(random.random() * 0.05)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(threads[index].ident), ctypes.py_object(KeyboardInterrupt)
+            )
+        for thread in threads:
+            thread.join(200)
+        assert not any(thread.is_alive() for thread in threads)
+        assert {i: outcomes[i] for i in expected} == expected
+        assert {outcomes[i] for i in range(2, THREADS, 4)} == {Boom}
+        assert {outcomes[i] for i in range(3, THREADS, 4)} == {KeyboardInterrupt}
+        assert free(handle.stats)
+        assert tokens(llama.generate(**arguments(1))) == expected[1]
+        assert free(handle.stats)
+    assert handle.stats.pool_bytes == 0
+    assert snapshot(llama) == before
+
+
+def test_they_share_one_batch(llama: PreTrainedModel) -> None:
+    """Sixteen callers take far fewer forwards than one after the other."""
+    forwards = [0]
+
+    def count(*_: Any) -> None:
+        forwards[0] += 1
+
+    call = {
+        "input_ids": torch.tensor(zoo.prompts(0, (8,))),
+        "max_new_tokens": 30,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    with hf_paged.paged(llama, on_unsupported="error"):
+        llama.generate(**call)
+        llama.register_forward_pre_hook(count)
+        gate = threading.Barrier(16)
+
+        def work() -> None:
+            gate.wait()
+            llama.generate(**call)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(100)
+    assert 30 <= forwards[0] < 16 * 30 / 2
+
+
+def test_sampling_threads_draw_different_numbers(llama: PreTrainedModel) -> None:
+    call = {
+        "input_ids": torch.tensor(zoo.prompts(0, (8,))),
+        "max_new_tokens": 20,
+        "do_sample": True,
+        "eos_token_id": None,
+    }
+    answers: list[tuple[int, ...]] = []
+    hf_paged.patch(llama, on_unsupported="error")
+    gate = threading.Barrier(8)
+
+    def work() -> None:
+        gate.wait()
+        answers.append(tuple(llama.generate(**call)[0].tolist()))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert len(answers) == 8
+    assert len(set(answers)) == 8
+
+
+def test_modes_of_threads_are_their_own(llama: PreTrainedModel) -> None:
+    """Autocast, inference mode and grad mode of one caller don't reach another's answer."""
+    batch = padded(zoo.prompts(3, (12, 5)))
+    call: dict[str, Any] = {
+        **batch,
+        "max_new_tokens": 25,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    exact = llama.generate(**call)
+    errors: list[str] = []
+
+    def plain() -> None:
+        for _ in range(4):
+            got = llama.generate(**call)
+            if got.sequences.tolist() != exact.sequences.tolist() or got.logits[0].is_inference():
+                errors.append("plain")
+            if not torch.allclose(got.logits[-1], exact.logits[-1], atol=1e-4) or not torch.is_grad_enabled():
+                errors.append("logits")
+
+    def half() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(4):
+                got = llama.generate(**call)
+                if torch.allclose(got.logits[0], exact.logits[0], atol=1e-5):
+                    errors.append("autocast was lost")
+
+    def inference() -> None:
+        with torch.inference_mode():
+            got = [llama.generate(**call).sequences for _ in range(4)]
+            errors.extend("inference" for one in got if not one.is_inference())
+
+    with hf_paged.paged(llama, on_unsupported="error") as handle:
+        threads = [threading.Thread(target=work, daemon=True) for work in (plain, half, inference, plain)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(100)
+            assert not thread.is_alive()
+        assert free(handle.stats)
+    assert not errors

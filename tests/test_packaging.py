@@ -1,0 +1,191 @@
+"""The house as it stands: its floors, what its wheel holds, and that it shadows nobody's package."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Lowest first. A module imports from its own floor and those below.
+FLOORS = (
+    {"_version", "errors", "params", "types"},
+    {"config", "hookspecs", "ledger"},
+    {"engine", "plugins"},
+    {"hf"},
+    {"llm"},
+    {"arguments", "bench", "demo", "server", "cli", "__main__"},
+)
+TOP = FLOORS[-1]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+SEAM = {"accelerate", "peft", "transformers"}
+PUBLIC_MODULES = {"hf_paged.config", "hf_paged.errors", "hf_paged.params", "hf_paged.types"}
+
+
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def modules(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.py"))
+    assert found, f"{folder} holds no modules"
+    return found
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a module imports, wherever in it, but for type checkers alone: 'package.module', or 'hf_paged.Name'."""
+    for node in walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join([*package_of(path, node.level), *([node.module] if node.module else [])])
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                yield name if is_module(name) or source == "hf_paged" else source
+
+
+def package_of(path: Path, level: int) -> tuple[str, ...]:
+    """The package that a relative import starts from; nothing for an absolute one."""
+    if level == 0:
+        return ()
+    home = next(folder for folder in (ROOT / "kernels", ROOT / "plugins", ROOT) if path.is_relative_to(folder))
+    return path.relative_to(home).parts[:-level]
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for other in child.orelse:
+                yield from [other, *walk(other)]
+            continue
+        yield child
+        yield from walk(child)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def part_of(name: str) -> str:
+    """The part of hf_paged that a module's name lies in; 'hf_paged' for its public names."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and is_module(".".join(parts[:2])) else "hf_paged"
+
+
+def part_at(path: Path) -> str:
+    first = path.relative_to(ROOT / "hf_paged").parts[0]
+    return first.removesuffix(".py")
+
+
+PACKAGE = [path for path in modules(ROOT / "hf_paged") if path != ROOT / "hf_paged" / "__init__.py"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_a_module_imports_only_from_its_own_floor_and_below(path):
+    own = part_at(path)
+    assert own in FLOOR_OF, f"hf_paged/{own} is on no floor yet: give it one in FLOORS"
+    for name in imported(path):
+        package = name.split(".")[0]
+        if package == "hf_paged":
+            part = part_of(name)
+            if part == "hf_paged":
+                assert own in TOP, f"{name} is a public name, which only the top floor may take from the package"
+            else:
+                assert FLOOR_OF[part] <= FLOOR_OF[own], f"{own} imports {name}, which lies above it"
+        assert package not in SEAM or own == "hf" or own in TOP, f"{own} imports {package}: that is hf's alone"
+        assert not package.startswith(("hf_paged_", "fastapi")) or own == "server", f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "kernels"), ids=name_of)
+def test_kernels_import_torch_and_triton_alone(path):
+    allowed = {"torch", "triton", "hf_paged_kernels"} | sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "plugins"), ids=name_of)
+def test_plugins_import_public_names_alone(path):
+    for name in imported(path):
+        if name.split(".")[0] == "hf_paged":
+            module = ".".join(name.split(".")[:2])
+            assert part_of(name) == "hf_paged" or module in PUBLIC_MODULES, f"{name} is internal"
+
+
+@pytest.mark.parametrize("name", ["hf_paged.engine.blocks", "hf_paged.engine.scheduler"])
+def test_blocks_and_scheduler_need_no_torch(name):
+    pending, seen = [name], set()
+    while pending:
+        module = pending.pop()
+        if module in seen or not is_module(module):
+            continue
+        seen.add(module)
+        path = ROOT.joinpath(*module.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        names = set(imported(path))
+        assert not {other for other in names if other.split(".")[0] == "torch"}, f"{module} imports torch"
+        pending += names
+
+
+# --------------------------------------------------------------------------------------------------- the name `kernels`
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    """What a fresh interpreter prints, its working directory first on the path."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_repository_does_not_shadow_kernels(tmp_path):
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "from transformers.utils import is_kernels_available as f; print(f())"
+    assert python(code, ROOT) == python(code, tmp_path)
+
+
+def test_an_installed_kernels_is_found_from_the_repository(tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("WHO = 'installed'")
+    assert python("import kernels; print(kernels.WHO)", ROOT, PYTHONPATH=str(tmp_path)) == "installed"
+
+
+# ------------------------------------------------------------------------------------------------------------ the wheel
+
+
+def test_the_wheel_holds_three_packages_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("hf_paged-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (points,) = [name for name in names if name.endswith("entry_points.txt")]
+        entry_points = archive.read(points).decode()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {
+        "hf_paged",
+        "hf_paged_kernels",
+        "hf_paged_sdpa",
+    }
+    for folder in ("hf_paged", "kernels/hf_paged_kernels", "plugins/hf_paged_sdpa"):
+        for path in modules(ROOT / folder):
+            assert str(path.relative_to((ROOT / folder).parent)) in names
+    assert "hf_paged/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "hf-paged = hf_paged.cli:main" in entry_points
