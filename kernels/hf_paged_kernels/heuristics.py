@@ -1,0 +1,147 @@
+"""Launch parameters by shape and GPU: a small table of what measured best; nothing is tuned when a program runs.
+
+Figures were taken on an H100 (see `hf_paged/bench/results/kernels-h100.json`); other GPUs get the same entries, cut to
+what their shared memory holds. A measurement that contradicts an entry is the reason to change it, nothing else is.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges."""
+
+    num_warps: int
+    num_stages: int
+    merge: int = 16
+
+
+@dataclass(frozen=True)
+class DecodePlanShape:
+    """How a step is cut: `target` extra work items beyond one a row, none shorter than `min_chunk` keys, in tiles."""
+
+    target: int
+    min_chunk: int
+    tile: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Tile of a prefill program: `block_m` (token, head) rows against `block_n` keys at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; 4 where there is none (the interpreter), to keep grids small."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take; a small GPU's where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 96 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the attribute
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _decode_row(rows: int, kv_heads: int, device: torch.device) -> tuple[int, int, int, int, int]:
+    """(tile, warps, stages, merge, programs to aim for) by how far one program a row and head fills the GPU.
+
+    A tile's copies wait for its block ids: five stages keep two tiles in flight, three one. Measured with 2-byte
+    elements, heads of 128: with rows enough for two programs on each multiprocessor, small programs share it; with
+    about one, a program of eight warps has it to itself; long rows cut in pieces want many small programs. A large
+    merge takes registers from all programs, so that fewer fit: only one or two long rows, in many pieces, need one.
+    """
+    sms = sm_count(device)
+    if rows * kv_heads >= 2 * sms:
+        return 64, 4, 3, 4, 2 * sms
+    if rows * kv_heads >= 0.95 * sms:
+        return 64, 8, 5, 8, sms
+    merge = 32 if rows <= 2 else 8 if rows <= 4 else 2
+    return 32, 4, 5, merge, 2 * sms
+
+
+@cache
+def decode_plan_shape(
+    rows: int, kv_heads: int, head_dim: int, v_dim: int, itemsize: int, device: torch.device
+) -> DecodePlanShape:
+    """How decode attention is cut. `itemsize` is bytes per cached element."""
+    tile, _, _, _, programs = _decode_row(rows, kv_heads, device)
+    while tile > 16 and tile * (_padded(head_dim) + _padded(v_dim)) * itemsize > 32 * 1024:
+        tile //= 2
+    return DecodePlanShape(target=max(1, programs // kv_heads), min_chunk=64, tile=tile, kv_heads=kv_heads)
+
+
+@cache
+def decode_config(
+    rows: int, kv_heads: int, head_dim: int, v_dim: int, q_itemsize: int, device: torch.device
+) -> DecodeConfig:
+    """Warps and pipeline depth of decode attention. `q_itemsize` is bytes per query element."""
+    wide = max(_padded(head_dim), _padded(v_dim))
+    if q_itemsize == 4:
+        return DecodeConfig(num_warps=4, num_stages=1 if wide > 128 else 2)
+    _, warps, stages, merge, _ = _decode_row(rows, kv_heads, device)
+    return DecodeConfig(warps, min(stages, 3) if wide > 128 else stages, merge)
+
+
+@cache
+def prefill_config(head_dim: int, v_dim: int, q_itemsize: int, source: int, device: torch.device) -> PrefillConfig:
+    """Tile of variable-length attention; `source` as in `prefill`: 0 paged, 1 contiguous, 2 by descriptor."""
+    wide = max(_padded(head_dim), _padded(v_dim))
+    if q_itemsize == 4:
+        return PrefillConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
+    if wide > 128:
+        choice = PrefillConfig(block_m=128, block_n=32, num_warps=8, num_stages=2)
+    elif source == 2:
+        choice = PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)
+    elif source == 1:
+        choice = PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)
+    else:
+        choice = PrefillConfig(block_m=128, block_n=128, num_warps=8, num_stages=3)
+    taken = q_itemsize * (choice.block_m + 2 * choice.num_stages * choice.block_n) * wide
+    if taken > _shared_memory(device):
+        choice = PrefillConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
+    return choice
+
+
+@cache
+def norm_config(n: int, rows: int) -> tuple[int, int]:
+    """(rows, warps) of a norm program over rows of n elements: 32 elements a thread where there are enough rows."""
+    width = 1 << (n - 1).bit_length()
+    block_m = max(1, min(8192 // width, 16))
+    while block_m > 1 and rows <= block_m * 256:  # few rows, as in a decode step: rather more programs
+        block_m //= 2
+    return block_m, max(1, min(16, block_m * width // 1024))
+
+
+@cache
+def activation_config(n: int, rows: int) -> tuple[int, int]:
+    """(columns, warps) of a gated-activation program."""
+    return min(1024, 1 << (n - 1).bit_length()), 4
+
+
+@cache
+def sampling_config(rows: int, vocab: int) -> tuple[int, int]:
+    """(vocabulary a program takes, elements it takes at a time): many rows fill the GPU with larger pieces."""
+    block = min(1024, 1 << (vocab - 1).bit_length())
+    return max(block, 4096 if rows < 32 else 16384), block
+
+
+@cache
+def hopper_config(head_dim: int) -> tuple[int, int]:
+    """(keys a tile, tiles in flight) of the warp-specialised kernel: what its 227 KiB hold beside the queries."""
+    return (128, 2) if head_dim == 128 else (128, 3)

@@ -1,0 +1,180 @@
+"""The public functions refuse what they can't do, and pass through torch.library, torch.compile and fake tensors."""
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def decode_arguments(kit):
+    import hf_paged_kernels as kernels
+
+    case = kit.case([5, 20], device=DEVICE)
+    size = kernels.decode_workspace_bytes(2, 4, case.k_cache, case.v_cache)
+    workspace = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    return {
+        "query": case.query, "k_cache": case.k_cache, "v_cache": case.v_cache, "block_tables": case.block_tables,
+        "seq_lens": case.seq_lens, "workspace": workspace, "scale": 0.2,
+    }  # fmt: skip
+
+
+ILLEGAL = {
+    "query of another dtype": ("query", lambda x: x.half(), TypeError),
+    "query of integers": ("query", lambda x: x.long(), TypeError),
+    "query without heads": ("query", lambda x: x[:, 0], ValueError),
+    "query of another head dim": ("query", lambda x: x[..., :16], ValueError),
+    "query not contiguous within a head": (
+        "query",
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        ValueError,
+    ),
+    "heads no multiple": ("query", lambda x: x[:, :3], ValueError),
+    "cache with pages of 8": ("k_cache", lambda x: x[:, :8], ValueError),
+    "value cache of another dtype": ("v_cache", lambda x: x.half(), TypeError),
+    "value cache of other blocks": ("v_cache", lambda x: x[1:], ValueError),
+    "tables of int64": ("block_tables", lambda x: x.long(), TypeError),
+    "tables of too few rows": ("block_tables", lambda x: x[:1], ValueError),
+    "lengths of int64": ("seq_lens", lambda x: x.long(), TypeError),
+    "lengths strided": ("seq_lens", lambda x: x.repeat_interleave(2)[::2], ValueError),
+    "workspace too small": ("workspace", lambda x: x[:-512], ValueError),
+    "workspace missing": ("workspace", lambda x: None, TypeError),
+    "scale of zero": ("scale", lambda x: 0.0, ValueError),
+    "window negative": ("window", lambda x: -1, ValueError),
+    "soft-cap negative": ("softcap", lambda x: -1.0, ValueError),
+    "sinks of another size": ("sinks", lambda x: torch.zeros(3, device=DEVICE), ValueError),
+    "scales without an fp8 cache": ("k_scale", lambda x: torch.ones(1, device=DEVICE), ValueError),
+    "impl unknown": ("impl", lambda x: "cuda", ValueError),
+}
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_illegal_arguments_are_refused(kit, name):
+    """The message names the argument; nothing is computed."""
+    import hf_paged_kernels as kernels
+
+    argument, change, error = ILLEGAL[name]
+    arguments = decode_arguments(kit)
+    arguments[argument] = change(arguments.get(argument))
+    word = "k_cache|v_cache" if argument == "k_cache" else argument
+    with pytest.raises(error, match=word):
+        kernels.decode_attention(**arguments)
+
+
+@pytest.mark.parametrize("value", [10**6, -1])
+def test_block_ids_out_of_range_are_found_in_debug_mode(kit, value):
+    import hf_paged_kernels as kernels
+
+    arguments = decode_arguments(kit)
+    arguments["block_tables"][1, 1] = value
+    with pytest.raises(ValueError, match=r"block_tables\[1, 1\]"):
+        kernels.decode_attention(**arguments, debug=True)
+    arguments["seq_lens"][0] = 10**6
+    with pytest.raises(ValueError, match=r"seq_lens\[0\]"):
+        kernels.decode_attention(**arguments, debug=True)
+
+
+def test_slots_are_checked_in_debug_mode():
+    import hf_paged_kernels as kernels
+
+    key, cache = torch.zeros(2, 2, 32, device=DEVICE), torch.zeros(3, 16, 2, 32, device=DEVICE)
+    for slots in ([1, 48], [5, 5]):
+        with pytest.raises(ValueError, match="slot_mapping"):
+            kernels.write_cache(key, key, cache, cache.clone(), torch.tensor(slots, device=DEVICE), debug=True)
+
+
+def test_query_starts_are_checked_in_debug_mode(kit):
+    import hf_paged_kernels as kernels
+
+    case = kit.case([5, 20], query_lens=[5, 6], device=DEVICE)
+    for starts, lens in (([0, 6, 5], [5, 20]), ([0, 5, 12], [5, 20]), ([0, 5, 11], [4, 20])):
+        with pytest.raises(ValueError, match=r"query_start_loc|seq_lens"):
+            kernels.prefill_attention(
+                case.query, case.k_cache, case.v_cache, torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+                seq_lens=torch.tensor(lens, dtype=torch.int32, device=DEVICE), block_tables=case.block_tables,
+                scale=1.0, debug=True,
+            )  # fmt: skip
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
+    import hf_paged_kernels as kernels
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl"):
+        kernels.argmax(torch.zeros(2, 3))
+    assert kernels.argmax(torch.zeros(2, 3), impl="torch").tolist() == [0, 0]
+
+
+def test_custom_ops(kit):
+    """Schemas, fakes and functionalization of every op."""
+    from hf_paged_kernels import ops
+
+    check = torch.library.opcheck
+    tests = ("test_schema", "test_faketensor")
+    a = decode_arguments(kit)
+    shape = (a["k_cache"].shape[2], 32, 32, 4)
+    check(ops.plan_decode, (a["seq_lens"], a["workspace"], 0, *shape), test_utils=tests)
+    tensors = (a["query"], a["k_cache"], a["v_cache"], a["block_tables"])
+    check(
+        ops.decode_attention, (*tensors, torch.empty_like(a["query"]), a["workspace"], 0.2, 0.0, *[None] * 4),
+        test_utils=tests,
+    )  # fmt: skip
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    check(
+        ops.prefill_attention,
+        (*tensors[:3], torch.empty_like(a["query"]), starts, a["seq_lens"], tensors[3], 0.2, 0, 0.0, *[None] * 4),
+        test_utils=tests,
+    )
+    key, slots = torch.randn(2, 2, 32, device=DEVICE), torch.tensor([3, 17], device=DEVICE)
+    cos = torch.randn(2, 16, device=DEVICE)
+    caches = (a["k_cache"].clone(), a["v_cache"].clone())
+    check(
+        ops.write_cache,
+        (a["query"], key, key.clone(), *caches, slots, cos, cos.clone(), torch.empty_like(a["query"]), None, False)
+        + (None, None),
+        test_utils=tests,
+    )
+    bases = torch.tensor([c.data_ptr() for c in caches], device=DEVICE)
+    nothing = torch.full((1, 2), -1, device=DEVICE)  # opcheck clones what is mutated: the addresses would be stale
+    check(ops.copy_blocks, (list(caches), bases, nothing), test_utils=tests)
+    x = torch.randn(3, 1, 64, device=DEVICE)
+    check(ops.rms_norm, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False), test_utils=tests)
+    check(ops.gated_activation, (x[:, 0], x[:, 0].clone(), torch.empty_like(x[:, 0]), "silu"), test_utils=tests)
+    check(ops.argmax, (x[:, 0], torch.empty(3, dtype=torch.int64, device=DEVICE)), test_utils=tests)
+    row = torch.ones(3, device=DEVICE)
+    check(
+        ops.sample,
+        (x[:, 0], row.long(), row, row.long() * 2, row.long() * 3, row.int(), row * 0.5, row * 0.1),
+        test_utils=tests,
+    )
+
+
+def test_compiles_without_graph_breaks():
+    """torch.compile traces through the checks and the op, here with the backend that compiles nothing."""
+    import hf_paged_kernels as kernels
+
+    x, w = torch.randn(4, 64, device=DEVICE), torch.randn(64, device=DEVICE)
+
+    def layer(x, w):
+        return kernels.gated_activation(kernels.rms_norm(x, w, eps=1e-6), x)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, w), layer(x, w))
+
+
+def test_imports_torch_and_triton_alone():
+    """The package's floor: nothing of transformers, of hf_paged, or of a compiled extension."""
+    import ast
+    import sys
+    from pathlib import Path
+
+    import hf_paged_kernels
+
+    allowed = {"torch", "triton", "hf_paged_kernels"} | set(sys.stdlib_module_names)
+    for path in Path(hf_paged_kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+    assert not (Path(hf_paged_kernels.__file__).parent.parent / "__init__.py").exists()
