@@ -1,6 +1,8 @@
 """hf_paged: existing Hugging Face Transformers code, as fast as a serving engine, without leaving Transformers."""
 
+from hf_paged._version import __version__
 from hf_paged.config import PagedConfig
+from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.errors import (
     ConfigError,
     EngineClosedError,
@@ -21,10 +23,11 @@ from hf_paged.params import SamplingParams
 from hf_paged.types import CompletionOutput, Logprob, Reject, RequestOutput
 
 __all__ = [
+    "LLM",
     "CompletionOutput",
     "ConfigError",
-    "LLM",
     "EngineClosedError",
+    "FCFSScheduler",
     "HFPagedError",
     "InvalidRequestError",
     "Logprob",
@@ -39,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "__version__",
     "explain",
     "hookimpl",
     "paged",

@@ -70,7 +70,7 @@ class PagedConfig:
         if memory is None:
             return
         if self.num_blocks is not None:
-            raise ConfigError(f"num_blocks={self.num_blocks} and kv_memory={memory!r} both size the pool; give one of them")
+            raise ConfigError(f"num_blocks={self.num_blocks} and kv_memory={memory!r} both size the pool; give one")
         share = isinstance(memory, float) and 0.0 < memory <= 1.0
         if not share and not _positive(memory):
             raise ConfigError(f"kv_memory must be bytes (an integer) or a share in (0, 1], got {memory!r}")

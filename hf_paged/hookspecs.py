@@ -1,7 +1,7 @@
 """The hook specifications: every way in which a plugin can change hf_paged, and nothing else.
 
-Hooks run when an engine is built, or once a request; never once a token or a layer. What has to act in every step is an
-object that a hook hands over once. A plugin is any object with functions marked `@hf_paged.hookimpl`: a module named by
+Hooks run when a model is patched, when its engine is built, or once a request; never once a token or a layer. What has
+to act in every step is an object that a hook hands over once. A plugin is any object with functions marked `@hf_paged.hookimpl`: a module named by
 an entry point of the group `hf_paged`, or an object in `PagedConfig(plugins=(…,))`.
 """
 
@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from hf_paged.config import PagedConfig
-from hf_paged.types import (
-    AttentionBackend,
-    CachePolicy,
-    CacheSpec,
-    EngineInfo,
-    LogitsProcessor,
-    Reject,
-    Request,
-    RequestOutput,
-    StepObserver,
-)
+from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, StepObserver
+from hf_paged.types import CacheSpec, EngineInfo, Reject, Request, RequestOutput
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +28,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def validate_config(config: PagedConfig) -> None:
     """Refuse a configuration.
 
-    When: an engine is built, before anything else.
+    When: a model is patched or given to `LLM`, before anything else.
     Arguments: config: the engine's options, frozen.
     Return: nothing.
     Cost: once an engine.
@@ -51,7 +42,7 @@ def register_attention_backends(
 ) -> None:
     """Offer attention backends.
 
-    When: an engine is built.
+    When: a model is patched or given to `LLM`.
     Arguments: register(name, factory): the factory takes the model's CacheSpec and returns a backend; it imports its
         kernels itself, so that a backend nobody chooses costs nothing. config: the engine's options.
     Return: nothing.
@@ -76,9 +67,9 @@ def select_attention_backend(spec: CacheSpec, device: torch.device, names: Seque
 def register_schedulers(register: Callable[[str, type], None], config: PagedConfig) -> None:
     """Offer schedulers.
 
-    When: an engine is built.
-    Arguments: register(name, cls): cls derives from hf_paged.engine.scheduler.FCFSScheduler; overriding `key` is enough
-        for another order. config: the engine's options.
+    When: a model is patched or given to `LLM`.
+    Arguments: register(name, cls): cls derives from hf_paged.FCFSScheduler; overriding `key` is enough for another
+        order. config: the engine's options.
     Return: nothing.
     Cost: once an engine; the scheduler itself runs once a step.
     Failure: a name that is taken, or an exception, stops the engine from being built, and names the plugin.
@@ -89,7 +80,7 @@ def register_schedulers(register: Callable[[str, type], None], config: PagedConf
 def register_cache_policies(register: Callable[[str, Callable[[], CachePolicy]], None], config: PagedConfig) -> None:
     """Offer orders in which cached blocks are given up.
 
-    When: an engine is built.
+    When: a model is patched or given to `LLM`.
     Arguments: register(name, factory): the factory returns a CachePolicy. config: the engine's options.
     Return: nothing.
     Cost: once an engine; the policy itself runs once for each block freed.
@@ -101,9 +92,10 @@ def register_cache_policies(register: Callable[[str, Callable[[], CachePolicy]],
 def register_logits_processors(register: Callable[[LogitsProcessor], None], config: PagedConfig) -> None:
     """Change logits before the engine's own sampler draws.
 
-    When: an engine is built.
+    When: a model is patched or given to `LLM`.
     Arguments: register(processor): an object that processes a batch of logits on the device without a sync, and
-        declares whether it is graph-safe. Processors run in the order in which they were registered. config: the options.
+        declares whether it is graph-safe. Processors run in the order in which they were registered. config: the
+        engine's options.
     Return: nothing.
     Cost: once an engine; the processor itself runs once a step. Requests of a patched `generate()` carry Transformers'
         own processors and don't pass here unless they are plain greedy.
@@ -116,7 +108,7 @@ def register_logits_processors(register: Callable[[LogitsProcessor], None], conf
 def register_step_observers(register: Callable[[StepObserver], None]) -> None:
     """Watch the steps of the engine.
 
-    When: an engine is built.
+    When: a model is patched or given to `LLM`.
     Arguments: register(observer): called with StepStats once a step, on the host, after the forward was launched.
     Return: nothing.
     Cost: once an engine; the observer itself runs once a step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,7 @@ class LLM:
         trust_remote_code, revision, dtype: for loading.
         tensor_parallel_size: only 1 for now.
         seed: of the draws of requests without a seed of their own.
-        gpu_memory_utilization: share of a GPU's memory for weights and KV pool together. On a CPU the pool grows with need.
+        gpu_memory_utilization: share of a GPU's memory for weights and KV pool together. On a CPU the pool grows.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching: as in PagedConfig.
         chat_template: used by `chat` instead of the tokenizer's own.
         enforce_eager: accepted for compatibility; forwards run eagerly.
@@ -66,7 +66,7 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
-        loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.model = unwrap(load_model(model, dtype=dtype, **loading) if isinstance(model, str) else model)
         name = tokenizer or self.model.name_or_path
         needs_one = not skip_tokenizer_init and isinstance(name, str) and bool(name)
@@ -82,7 +82,7 @@ class LLM:
             self.close()
             raise
 
-    # ------------------------------------------------------------------------------------------------------------- calls
+    # ------------------------------------------------------------------------------------------------------------ calls
 
     def generate(
         self,
@@ -142,7 +142,7 @@ class LLM:
         Args:
             messages: one conversation, or a list of them.
             chat_template: instead of the LLM's and the tokenizer's.
-            add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as `apply_chat_template` has them.
+            add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as for `apply_chat_template`.
 
         Raises:
             ConfigError: there is no tokenizer or no chat template, or options contradict each other.
@@ -169,7 +169,8 @@ class LLM:
         ]
         # The template wrote the special tokens already.
         encoded = [
-            {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)} for text in prompts
+            {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+            for text in prompts
         ]
         return self.generate(encoded, sampling_params, use_tqdm=use_tqdm)
 
@@ -189,7 +190,7 @@ class LLM:
         return default_params(self.model)
 
     def reset_prefix_cache(self) -> None:
-        """Void the prefix cache. (A change of the weights does so by itself.)"""
+        """Void the prefix cache; a change of the weights does so by itself."""
         if self._patched is None:
             raise EngineClosedError("this LLM is closed; build a new one")
         self._driver.post(self._driver.engine.forget)
@@ -203,10 +204,12 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    # ------------------------------------------------------------------------------------------------------------- parts
+    # ------------------------------------------------------------------------------------------------------------ parts
 
     def _params_for(
         self, items: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
@@ -215,7 +218,9 @@ class LLM:
             given = default_params(self.model)
         each = [given] * len(items) if isinstance(given, SamplingParams) else list(given)
         if len(each) != len(items):
-            raise ConfigError(f"sampling_params has {len(each)} entries for {len(items)} prompts; give one, or one for each")
+            raise ConfigError(
+                f"sampling_params has {len(each)} entries for {len(items)} prompts; give one, or one for each"
+            )
         for params in each:
             if params.structured_outputs is not None:
                 raise ConfigError("structured_outputs needs a structured-output plugin, and none is installed")
@@ -225,11 +230,9 @@ class LLM:
 
     def _ids_of(self, item: Prompt) -> list[int]:
         if isinstance(item, Mapping):
-            if "prompt_token_ids" in item:
-                return list(item["prompt_token_ids"])
-            if "prompt" not in item:
+            if not item.keys() & {"prompt", "prompt_token_ids"}:
                 raise InvalidRequestError(f"a prompt dict needs 'prompt' or 'prompt_token_ids'; it has {sorted(item)}")
-            item = item["prompt"]
+            return self._ids_of(item["prompt_token_ids"] if "prompt_token_ids" in item else item["prompt"])
         if not isinstance(item, str):
             return list(item)
         if self.tokenizer is None:
@@ -238,9 +241,8 @@ class LLM:
 
     def _requests(self, ids: list[int], params: SamplingParams, priority: int) -> list[_Carried]:
         """The requests of one prompt: `n` of them, which share the prompt's blocks."""
-        number, banned = next(_ids), ()
-        if self.tokenizer is not None and params.bad_words:
-            banned = banned_ids(self.tokenizer, params.bad_words)
+        number = next(_ids)
+        banned = banned_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
         carried: list[_Carried] = []
         for i in range(params.n):
             own = params.replace(seed=params.seed + i) if params.seed is not None else params
@@ -306,7 +308,9 @@ class _Progress:
     def __enter__(self) -> _Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
 
@@ -348,8 +352,8 @@ def _with_text(entries: Any, tokenizer: Any) -> Any:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Many prompts, from one or many."""
     if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)  # type: ignore[arg-type]
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _text_of(item: Prompt) -> str | None:
@@ -362,6 +366,7 @@ def _kv_bytes(device: torch.device, share: float) -> int:
     budget = int(free - (1.0 - share) * total)
     if budget <= 0:
         raise ConfigError(
-            f"gpu_memory_utilization={share} leaves no room for the KV pool: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+            f"gpu_memory_utilization={share} leaves no room for the KV pool: "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
         )
     return budget

@@ -83,23 +83,24 @@ class SamplingParams:
         self._check_together()
 
     def _check_ranges(self) -> None:
-        _require("n", self.n, _is_int(self.n) and self.n >= 1, "an integer of at least 1")
+        _require("n", self.n, _at_least(self.n, 1), "an integer of at least 1")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(name, getattr(self, name), _between(getattr(self, name), -2.0, 2.0), "in [-2, 2]")
         _require("repetition_penalty", self.repetition_penalty, _number(self.repetition_penalty) > 0, "above 0")
         _require("temperature", self.temperature, _between(self.temperature, 0.0, 2.0), "in [0, 2]")
         _require("top_p", self.top_p, 0.0 < _number(self.top_p) <= 1.0, "in (0, 1]")
-        _require("top_k", self.top_k, _is_int(self.top_k) and self.top_k >= -1, "an integer of at least -1 (0, -1: off)")
+        _require("top_k", self.top_k, _at_least(self.top_k, -1), "an integer of at least -1 (0, -1: off)")
         _require("min_p", self.min_p, _between(self.min_p, 0.0, 1.0), "in [0, 1]")
         if self.seed is not None:
             _require("seed", self.seed, _is_int(self.seed), "an integer or None")
         if self.max_tokens is not None:
-            _require("max_tokens", self.max_tokens, _is_int(self.max_tokens) and self.max_tokens >= 1, "at least 1, or None")
-        _require("min_tokens", self.min_tokens, _is_int(self.min_tokens) and self.min_tokens >= 0, "at least 0")
+            _require("max_tokens", self.max_tokens, _at_least(self.max_tokens, 1), "at least 1, or None")
+        _require("min_tokens", self.min_tokens, _at_least(self.min_tokens, 0), "at least 0")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _require(name, value, _is_int(value) and -1 <= value <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}, -1 for all, or None")
+                ok = _at_least(value, -1) and value <= MAX_LOGPROBS
+                _require(name, value, ok, f"from 0 to {MAX_LOGPROBS}, -1 for all, or None")
 
     def _check_texts(self) -> None:
         for name in ("stop", "bad_words"):
@@ -115,9 +116,11 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it")
         if self.stop and not self.detokenize:
-            raise ConfigError(f"stop={list(self.stop)!r} needs detokenize=True: stop strings are looked for in the text")
+            raise ConfigError(f"stop={list(self.stop)!r} needs detokenize=True: strings are looked for in the text")
         if self.greedy and self.n > 1:
-            raise ConfigError(f"n={self.n} completions of temperature={self.temperature} are all the same; raise the temperature")
+            raise ConfigError(
+                f"n={self.n} completions of temperature={self.temperature} are all the same; raise the temperature"
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ConfigError("allowed_token_ids=[] allows no token at all; give ids, or None for all of them")
 
@@ -142,6 +145,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _at_least(value: Any, low: int) -> bool:
+    """Whether it is an integer, and not below `low`."""
+    return _is_int(value) and value >= low
 
 
 def _number(value: object) -> float:

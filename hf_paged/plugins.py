@@ -22,7 +22,8 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.blocks import LRUPolicy
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
 from hf_paged.errors import ConfigError, PluginError
-from hf_paged.types import AttentionBackend, CachePolicy, CacheSpec, LogitsProcessor, StepObserver, StepStats
+from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, StepObserver
+from hf_paged.types import CacheSpec, StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +123,11 @@ class Registry:
 
 
 def registry(manager: pluggy.PluginManager, config: PagedConfig) -> Registry:
-    """Run the hooks that register things.
+    """Run the hooks that register things, and see that the config names only what is there.
 
     Raises:
         PluginError: a plugin raised, or registered a name that is taken.
+        ConfigError: the config names a scheduler, cache policy or attention backend that isn't registered.
     """
     found = Registry({}, {}, {}, [], [])
     call(manager, "validate_config", config=config)
@@ -134,6 +136,10 @@ def registry(manager: pluggy.PluginManager, config: PagedConfig) -> Registry:
     call(manager, "register_cache_policies", register=_into(found.policies, "cache policy"), config=config)
     call(manager, "register_logits_processors", register=found.processors.append, config=config)
     call(manager, "register_step_observers", register=lambda observer: found.observers.append(_Guarded(observer)))
+    pick("scheduler", config.scheduler, found.schedulers)
+    pick("cache_policy", config.cache_policy, found.policies)
+    if config.attention_backend is not None:
+        pick("attention_backend", config.attention_backend, found.backends)
     return found
 
 
@@ -141,11 +147,10 @@ def choose_backend(manager: pluggy.PluginManager, found: Registry, config: Paged
     """The name of the attention backend: the config's, or what the plugins choose.
 
     Raises:
-        ConfigError: the config names one that isn't registered.
         PluginError: a plugin chose one that isn't registered, or none chose.
     """
     if config.attention_backend is not None:
-        return pick("attention_backend", config.attention_backend, found.backends)
+        return config.attention_backend
     arguments = {"spec": spec, "device": spec.device, "names": tuple(found.backends)}
     name = call(manager, "select_attention_backend", **arguments)
     known = ", ".join(found.backends) or "none"
@@ -180,6 +185,27 @@ def call(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> Any:
     except Exception as error:
         name = _culprit(caller, error)
         raise PluginError(f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}") from error
+
+
+def made(what: str, name: str, factory: Callable[..., Any], *arguments: Any) -> Any:
+    """What a registered factory makes.
+
+    Raises:
+        PluginError: it raised.
+    """
+    try:
+        return factory(*arguments)
+    except Exception as error:
+        raise PluginError(f"the {what} {name!r} can't be made: {type(error).__name__}: {error}") from error
+
+
+def notify(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> None:
+    """Tell every plugin that something happened. One that raises is logged, and keeps no other from hearing."""
+    for impl in reversed(getattr(manager.hook, hook).get_hookimpls()):
+        try:
+            impl.function(*[arguments[name] for name in impl.argnames])
+        except Exception:
+            logger.exception("plugin %r raised in %s", impl.plugin_name, hook)
 
 
 def _culprit(caller: pluggy.HookCaller, error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""The types that the floors above share: requests, steps, batches, cache specs, and the protocols between them."""
+"""The data that the floors above share: cache specs, requests, steps and batches, and what is told of them.
+
+Who acts on it is in `protocols`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import dataclasses
 import enum
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_paged.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
+
+    from hf_paged.protocols import TokenSampler
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NULL_BLOCK = 0  # never handed out: tables point at it where nothing is kept
@@ -25,7 +30,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-# ----------------------------------------------------------------------------------------------- the model and its cache
+# ---------------------------------------------------------------------------------------------- the model and its cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Request:
         cache_key: tokens are only shared with requests of the same key (an adapter's name, an image's hash).
         parent: an earlier request with the same prompt, whose blocks it shares once they are computed.
         on_token: called with the request after each new token and when it finishes; runs in the engine's thread.
-        stop_check: called after each new token; what it returns, if not None, is the reason to stop (a string or an id).
+        stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
         token_ids: prompt and output so far.
         num_computed: how many of them have keys and values in the cache.
@@ -270,6 +275,19 @@ class Batch:
     logits_indices: torch.Tensor
 
 
+@dataclasses.dataclass
+class Sampled:
+    """What a sampler made of a few rows of logits.
+
+    Attributes:
+        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
+        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
+    """
+
+    token_ids: Sequence[int | None]
+    stopped: Sequence[bool] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class StepStats:
     """What a step observer sees, after the step's forward was launched. Host values only.
@@ -323,129 +341,7 @@ class CacheStats:
         return 1.0 - self.used_tokens / self.reserved_tokens if self.reserved_tokens else 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------ protocols
-
-
-@dataclasses.dataclass
-class Sampled:
-    """What a sampler made of a few rows of logits.
-
-    Attributes:
-        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
-        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
-    """
-
-    token_ids: Sequence[int | None]
-    stopped: Sequence[bool] | None = None
-
-
-class TokenSampler(Protocol):
-    """Turns logits into tokens for the requests that carry it. Called once a step with all of its rows."""
-
-    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """Choose for each request from its row of `logits`, [rows, vocabulary] as the model gave them."""
-        ...
-
-
-class LogitsProcessor(Protocol):
-    """Changes the logits of a batch before the engine's own sampler draws. Batched, on the device, without a sync.
-
-    Attributes:
-        graph_safe: whether it may be captured in a CUDA graph: fixed shapes, no host value read.
-    """
-
-    graph_safe: bool
-
-    def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        """New logits [rows, vocabulary], float32; may change them in place."""
-        ...
-
-
-class LayerPlan(Protocol):
-    """One step's work, prepared: `run` is called once a layer."""
-
-    def run(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Write the step's keys and values to the cache, and attend.
-
-        Args:
-            layer: index into `CacheSpec.layers`.
-            query: [T, num_heads, head_dim], RoPE applied.
-            key, value: [T, num_kv_heads, head_dim], [T, num_kv_heads, value_head_dim].
-            scale: multiplies the scores.
-            softcap: scores become softcap · tanh(score / softcap).
-            sinks: [num_heads], a logit that joins each head's softmax and has no value.
-
-        Returns:
-            [T, num_heads, value_head_dim] in the query's dtype.
-        """
-        ...
-
-
-class AttentionBackend(Protocol):
-    """Attention over paged keys and values. Built once an engine; `plan` is called once a step.
-
-    Attributes:
-        prefer_runs: whether a request's blocks should lie in a row where they can.
-    """
-
-    prefer_runs: bool
-
-    def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
-        """The shape of one layer's key (or value) pool, and the dimension in it that counts blocks."""
-        ...
-
-    def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
-        """Prepare a step; `cache` holds the layers' tensors."""
-        ...
-
-
-class KVCache(Protocol):
-    """The KV tensors as a backend sees them."""
-
-    spec: CacheSpec
-    block_size: int
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
-
-
-class PagedModel(Protocol):
-    """A model as the engine sees it: it maps the tokens of a batch to logits, and asks the plan for attention."""
-
-    spec: CacheSpec
-    vocab_size: int
-    max_positions: int | None
-
-    def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:
-        """Logits [S, vocabulary] of the tokens `batch.logits_indices`."""
-        ...
-
-    def fingerprint(self) -> Hashable:
-        """A value that changes when the weights, or what else decides the keys and values, may have changed."""
-        ...
-
-
-class CachePolicy(Protocol):
-    """In which order blocks that no request holds are given up."""
-
-    def keep(self, cached: bool) -> bool:
-        """Whether a block just freed goes to the end of the eviction order (or to its front). `cached`: it is hashed."""
-        ...
-
-
-class StepObserver(Protocol):
-    """Sees each step of the engine, on the host, after its forward was launched."""
-
-    def __call__(self, stats: StepStats) -> None: ...
+# -------------------------------------------------------------------------------------------------- what hooks are told
 
 
 @dataclasses.dataclass(frozen=True)

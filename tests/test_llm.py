@@ -260,11 +260,8 @@ def test_stop_token_ids(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
 def test_end_of_sequence(llm: LLM) -> None:
     push = {zoo.EOS: 100.0}
     (output,) = run(llm, TEXTS[0], GREEDY.replace(logit_bias=push))
-    assert (output.outputs[0].token_ids, output.outputs[0].text, output.outputs[0].finish_reason) == (
-        [zoo.EOS],
-        "",
-        "stop",
-    )
+    completion = output.outputs[0]
+    assert (completion.token_ids, completion.text, completion.finish_reason) == ([zoo.EOS], "", "stop")
     (output,) = run(llm, TEXTS[0], GREEDY.replace(logit_bias=push, ignore_eos=True))
     assert output.outputs[0].token_ids == [zoo.EOS] * 8
     assert output.outputs[0].finish_reason == "length"
@@ -331,9 +328,8 @@ def test_prompt_logprobs_in_chunks_and_after_a_cached_prefix(model: PreTrainedMo
         (output,) = run(llm, prompt, GREEDY.replace(prompt_logprobs=0))
     assert len(output.prompt_logprobs) == 40
     for index in range(1, 40):
-        assert output.prompt_logprobs[index][prompt[index]].logprob == pytest.approx(
-            float(reference[index - 1, prompt[index]]), abs=1e-4
-        )
+        expected = float(reference[index - 1, prompt[index]])
+        assert output.prompt_logprobs[index][prompt[index]].logprob == pytest.approx(expected, abs=1e-4)
 
 
 def test_bad_words(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -426,13 +422,8 @@ def test_defaults_come_from_the_generation_config(tokenizer: PreTrainedTokenizer
     )
     with LLM(model, tokenizer=tokenizer) as llm:
         params = llm.get_default_sampling_params()
-        assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty, params.max_tokens) == (
-            0.6,
-            0.9,
-            33,
-            1.2,
-            5,
-        )
+        assert (params.temperature, params.top_p, params.top_k) == (0.6, 0.9, 33)
+        assert (params.repetition_penalty, params.max_tokens) == (1.2, 5)
         assert len(run(llm, TEXTS[0])[0].outputs[0].token_ids) <= 5
         for end in (7, 8, zoo.EOS):  # the config's, and the tokenizer's
             (output,) = run(llm, TEXTS[0], SamplingParams(logit_bias={end: 100.0}))

@@ -27,6 +27,8 @@ PAGES = {path.name: path for path in sorted(GUIDE.glob("*.md"))} | {"../README.m
 FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 # Blocks that can't run in a test. A page that gets another one needs another number here.
 NOT_RUN = {"from_a_web_handler.md": 2, "plugins.md": 1, "vllm.md": 1}
+# The errors by which a call or a model falls back.
+REFUSALS = ("Unsupported", "UnsupportedModelError")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -131,9 +133,8 @@ def test_every_block_runs(
 def _run(line: str) -> str:
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "plugins"))
     command = [sys.executable, *line.split()[1:]]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
-    ).stdout
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment).stdout
 
 
 def test_blocks_that_do_not_run_say_why() -> None:
@@ -182,14 +183,10 @@ def _reasons() -> list[str]:
     found = []
     for path in sorted((ROOT / "hf_paged" / "hf").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in (
-                "Unsupported",
-                "UnsupportedModelError",
-            ):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in REFUSALS:
                 continue
-            pieces = [
-                p.value for p in ast.walk(node.args[0]) if isinstance(p, ast.Constant) and isinstance(p.value, str)
-            ]
+            constants = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+            pieces = [value for value in constants if isinstance(value, str)]
             if pieces:
                 found.append(" ".join(max(pieces, key=len).split()).strip(" :;,('\""))
     assert len(found) > 15

@@ -84,9 +84,8 @@ def generate_batch_engine(model: Any, options: Options) -> Iterator[Serve]:
     generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     attention = model.config._attn_implementation
     try:
-        with model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=config
-        ) as manager:
+        configs = {"generation_config": generation, "continuous_batching_config": config}
+        with model.continuous_batching_context_manager(**configs) as manager:
             yield lambda items: _batched(manager, items)
     finally:
         if model.config._attn_implementation != attention:

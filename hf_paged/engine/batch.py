@@ -30,11 +30,14 @@ def build(step: Step, block_size: int, num_groups: int, device: torch.device) ->
     )
 
 
-def _slots(rows: Sequence[Scheduled], tables: Sequence[Sequence[int]], block_size: int, device: torch.device) -> torch.Tensor:
+def _slots(
+    rows: Sequence[Scheduled], tables: Sequence[Sequence[int]], block_size: int, device: torch.device
+) -> torch.Tensor:
     slots: list[int] = []
     for row, table in zip(rows, tables, strict=True):
         for index in range(row.start // block_size, -(-row.end // block_size)):
-            base = (table[index] - index) * block_size  # a token's slot is its position moved by as much as its block is
+            # A token's slot is its position moved by as much as its block is.
+            base = (table[index] - index) * block_size
             first, last = max(row.start, index * block_size), min(row.end, (index + 1) * block_size)
             slots.extend(range(base + first, base + last))
     return torch.tensor(slots, dtype=torch.int64, device=device)

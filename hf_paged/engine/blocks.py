@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from hf_paged.types import NULL_BLOCK, CachePolicy
+from hf_paged.protocols import CachePolicy
+from hf_paged.types import NULL_BLOCK
 
 
 class LRUPolicy:
@@ -63,7 +64,7 @@ class BlockPool:
         fresh.update(self._free)  # handed out before the blocks that the prefix cache keeps
         self._free = fresh
 
-    # ------------------------------------------------------------------------------------------------- take and give
+    # ---------------------------------------------------------------------------------------------------- take and give
 
     def take(self, after: int | None = None) -> int:
         """Take a free block: the one after `after` if it is free, else the first in the eviction order.
@@ -108,10 +109,10 @@ class BlockPool:
                 return block
         return first
 
-    # --------------------------------------------------------------------------------------------------------- claims
+    # ----------------------------------------------------------------------------------------------------------- claims
 
     def claim(self, length: int, start: int | None = None) -> range:
-        """Claim `length` free blocks in a row: those from `start`, or the next stretch that is free. May come out empty."""
+        """Claim `length` free blocks in a row: from `start`, or the next stretch that is free. May come out empty."""
         if length <= 0:
             return range(0)
         if start is not None:
@@ -149,7 +150,7 @@ class BlockPool:
                 block, run = 1, 0
         return range(0)
 
-    # ------------------------------------------------------------------------------------------------- prefix caching
+    # --------------------------------------------------------------------------------------------------- prefix caching
 
     def find(self, key: bytes) -> int | None:
         """The block that has a key, used or free."""
@@ -177,7 +178,8 @@ class BlockPool:
         Raises:
             AssertionError: they don't; a bug in hf_paged.
         """
-        assert self.refs[NULL_BLOCK] == 0 and NULL_BLOCK not in self._free
+        assert self.refs[NULL_BLOCK] == 0
+        assert NULL_BLOCK not in self._free
         for block in range(1, self.num_blocks):
             assert (self.refs[block] == 0) == (block in self._free), f"block {block}: {self.refs[block]} holders"
         assert {key: block for block, key in self._keys.items()} == self._by_key

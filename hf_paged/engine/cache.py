@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.types import AttentionBackend, CacheSpec
+from hf_paged.protocols import AttentionBackend
+from hf_paged.types import CacheSpec
 
 
 class PagedKVCache:
@@ -43,11 +44,10 @@ class PagedKVCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def grow(self, num_blocks: Sequence[int]) -> None:
-        """Have `num_blocks` blocks in each group from now on, layer by layer, so that little is held twice at a time."""
+        """Have `num_blocks` blocks in each group from now on. Goes layer by layer, so that little is held twice."""
         for index, (layer, group) in enumerate(zip(self.spec.layers, self._groups, strict=True)):
-            for tensors, size, dim in zip(
-                (self.keys, self.values), (layer.head_dim, layer.value_head_dim), self._dims[index], strict=True
-            ):
+            sizes = (layer.head_dim, layer.value_head_dim)
+            for tensors, size, dim in zip((self.keys, self.values), sizes, self._dims[index], strict=True):
                 old = tensors[index]
                 if old.shape[dim] < num_blocks[group]:
                     tensors[index], _ = self._allocate(num_blocks[group], layer.num_kv_heads, size)

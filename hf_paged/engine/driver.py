@@ -20,13 +20,13 @@ class Driver:
     """Lets any number of threads use one engine, without a thread of its own.
 
     The first caller in takes the driver's seat and steps the engine until its own requests are done. Callers that
-    arrive meanwhile leave theirs in a mailbox and sleep; when the driver leaves, it rings one of them to take over. Only
-    who sits in the seat touches the engine, so the engine needs no lock.
+    arrive meanwhile leave theirs in a mailbox and sleep; when the driver leaves, it rings one of them to take over.
+    Only who sits in the seat touches the engine, so the engine needs no lock.
 
     An interrupt (Ctrl-C, or an exception set from another thread) may strike anywhere. So nothing is lost by being
-    broken off: a message is read before it is taken from the mailbox, may be read twice, and the engine is marked broken
-    while it is touched, so that whoever sits down next mends it first. Deques and simple queues are used, and no
-    events, as those are atomic.
+    broken off: a message is read before it is taken from the mailbox, may be read twice, and the engine is marked
+    broken while it is touched, so that whoever sits down next mends it first. Deques and simple queues are used, and
+    no events, as those are atomic.
 
     Args:
         engine: what is driven.
@@ -52,7 +52,9 @@ class Driver:
         """
         driver = self._seat
         if driver is not None and driver.thread == threading.get_ident():
-            raise UnsupportedCallError("generation was called from a callback (streamer, criterion, processor) of a running one")
+            raise UnsupportedCallError(
+                "generation was called from a callback (streamer, criterion, processor) of a running one"
+            )
         for request in requests:
             self.engine.check_request(request)
         return Call(self, requests)
@@ -77,7 +79,7 @@ class Driver:
         self.post(self.engine.close)
         self._sweep()
 
-    # ------------------------------------------------------------------------------------------------------------- calls
+    # ------------------------------------------------------------------------------------------------------------ calls
 
     def enter(self, call: Call, requests: Sequence[Request]) -> None:
         """A caller comes, with requests."""
@@ -91,7 +93,7 @@ class Driver:
         self._sweep()
 
     def post(self, message: Callable[[], None]) -> None:
-        """Have the driver do something between two steps. It may be done twice, if it is broken off by an interrupt."""
+        """Have the driver do something between two steps; it is done twice if an interrupt breaks it off."""
         self._mail.append(message)
         driver = self._seat
         if driver is not None:
@@ -110,7 +112,7 @@ class Driver:
         finally:
             self._surely_stand_up(me)
 
-    # ---------------------------------------------------------------------------------------------------------- the seat
+    # --------------------------------------------------------------------------------------------------------- the seat
 
     def _sit_down(self, me: _Caller) -> bool:
         """Take the driver's seat if it is free. Whether it is mine now."""
@@ -241,7 +243,9 @@ class Call:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._surely_leave()
 
     def wait(self, done: Callable[[], bool]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine import admission
 from hf_paged.engine import batch as batches
 from hf_paged.engine.logprobs import add_output_logprobs, add_prompt_logprobs, trim_logprobs
 from hf_paged.engine.pool import Pool
@@ -16,21 +17,8 @@ from hf_paged.engine.runner import Runner
 from hf_paged.engine.sampler import BatchSampler
 from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
-from hf_paged.types import (
-    AttentionBackend,
-    Batch,
-    CachePolicy,
-    CacheStats,
-    FinishReason,
-    LogitsProcessor,
-    PagedModel,
-    Reject,
-    Request,
-    Sampled,
-    StepObserver,
-    StepStats,
-    TokenSampler,
-)
+from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver, TokenSampler
+from hf_paged.types import Batch, CacheStats, FinishReason, Reject, Request, Sampled, StepStats
 
 
 class Engine:
@@ -88,35 +76,8 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- add and abort
 
     def check_request(self, request: Request) -> None:
-        """Refuse a request that could never be served.
-
-        Raises:
-            InvalidRequestError: its prompt is empty, it names ids outside the vocabulary, its parent has another
-                prompt, or it is too long with its output.
-        """
-        prompt, params = request.prompt_token_ids, request.params
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty; give at least one token (a model's BOS id, for instance)")
-        banned = [token for sequence in request.banned for token in sequence or (-1,)]
-        allowed, biased = params.allowed_token_ids, params.logit_bias
-        for name, ids in {"prompt": prompt, "allowed_token_ids": allowed, "logit_bias": biased, "banned": banned}.items():
-            self._check_ids(name, ids or ())
-        parent = request.parent
-        if parent is not None and (list(parent.prompt_token_ids), parent.cache_key) != (list(prompt), request.cache_key):
-            raise InvalidRequestError(f"parent {parent.request_id!r} has another prompt or cache_key; blocks can't be shared")
-        least = len(prompt) + (params.max_tokens or 1)
-        if self.max_model_len is not None and least > self.max_model_len:
-            raise InvalidRequestError(
-                f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} make {least}; the limit is "
-                f"{self.max_model_len} (the model's positions, or max_model_len); shorten one of them"
-            )
-        self.pool.check_fits(len(prompt), params.max_tokens)
-
-    def _check_ids(self, name: str, ids: Collection[int]) -> None:
-        wrong = [token for token in (min(ids), max(ids)) if not 0 <= token < self.model.vocab_size] if ids else []
-        if wrong:
-            last = self.model.vocab_size - 1
-            raise InvalidRequestError(f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {last})")
+        """Refuse a request that could never be served; see `admission.check`. May be called from any thread."""
+        admission.check(request, self.model.vocab_size, self.max_model_len, self.pool)
 
     def add(self, request: Request) -> None:
         """Take a request.
@@ -152,7 +113,7 @@ class Engine:
         self._append(request, token, stop)
         self._settle(request)
 
-    # -------------------------------------------------------------------------------------------------------------- step
+    # ------------------------------------------------------------------------------------------------------------- step
 
     @property
     def has_work(self) -> bool:
@@ -186,8 +147,8 @@ class Engine:
     def recover(self) -> None:
         """A step was broken off, anywhere: its books are begun anew, and the running requests computed again.
 
-        What survives is which requests there are, and their tokens. One that was about to finish, or had a token that was
-        not acted on, goes on from there. Broken off itself, it can be called again.
+        What survives is which requests there are, and their tokens. One that was about to finish, or had a token that
+        was not acted on, goes on from there. Broken off itself, it can be called again.
         """
         self.scheduler.restart(self._requests.values())
         for request in list(self._requests.values()):
@@ -197,13 +158,13 @@ class Engine:
         for request in list(self._unsettled):
             try:
                 self._settle(request)
-            except BaseException as error:  # where it was broken off before: its own doing, or nobody would ever get on
+            except BaseException as error:  # broken off here before: its own doing, or nobody would ever get on
                 self._finish(request, "error", error=error)
                 self._unsettled.pop(request, None)
                 raise
 
     def refresh(self) -> None:
-        """Void the prefix cache if the weights may have changed since it was filled. Called before each caller's work."""
+        """Void the prefix cache if the weights may have changed since it was filled; called before a caller's work."""
         fingerprint = self.model.fingerprint()
         if fingerprint != self._fingerprint:
             self.forget()
@@ -214,7 +175,7 @@ class Engine:
         self.pool.tables.forget()
 
     def release_memory(self) -> None:
-        """Give the KV pool's memory back; it is made anew when a request comes. Does nothing while there are requests."""
+        """Give the KV pool's memory back, unless there are requests. It is made anew when one comes."""
         if not self._requests:
             self.pool.release()
 
@@ -230,7 +191,7 @@ class Engine:
         """How the KV pool is and was used."""
         return self.pool.stats(self.scheduler.num_preemptions)
 
-    # ------------------------------------------------------------------------------------------------------------- parts
+    # ------------------------------------------------------------------------------------------------------------ parts
 
     def _isolate(self, requests: Sequence[Request], error: Exception) -> None:
         """The forward over these requests raised: fail the one that is alone, else try them again in two halves."""
@@ -242,7 +203,7 @@ class Engine:
             self.scheduler.serve_apart(requests[:middle], requests[middle:])
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> None:
-        """Choose tokens, each sampler for its own requests in one go. A sampler that raises fails its requests alone."""
+        """Choose tokens, each sampler for its own requests in one go. One that raises fails its requests alone."""
         groups: dict[TokenSampler, list[tuple[Request, int]]] = {}
         index = 0
         for row in batch.rows:
@@ -267,7 +228,7 @@ class Engine:
                 self._apply(requests, chosen, sampled)
 
     def _apply(self, requests: Sequence[Request], logits: torch.Tensor, sampled: Sampled) -> None:
-        """Keep every token first, then act on them: what breaks off in a callback must not cost the others their tokens."""
+        """Keep every token, then act on them: what breaks off in a callback must not cost the others their tokens."""
         stopped = sampled.stopped or [False] * len(requests)
         for request, row, token, stop in zip(requests, logits, sampled.token_ids, stopped, strict=True):
             if token is None:
@@ -303,7 +264,7 @@ class Engine:
         self._unsettled.pop(request, None)
 
     def _give_up(self) -> None:
-        """Nothing could be served. If nothing holds a block either, the next request never can be: the pool can't grow."""
+        """Nothing could be served. If nothing holds a block, the next request never can be: the pool can't grow."""
         if self.scheduler.running or not self.has_work:
             return
         request = self.scheduler.first_ready()
@@ -323,10 +284,10 @@ class Engine:
             found = request.stop_check(request) if request.stop_check else None
             if found is not None:
                 return "stop", found
-        if stop:
-            return "stop", None
-        full = len(request.token_ids) >= self._longest
-        return ("length", None) if full or request.num_output >= (params.max_tokens or math.inf) else (None, None)
+        # A sampler that stops at the length too means that.
+        if len(request.token_ids) >= self._longest or request.num_output >= (params.max_tokens or math.inf):
+            return "length", None
+        return ("stop", None) if stop else (None, None)
 
     def _finish(
         self,

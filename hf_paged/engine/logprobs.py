@@ -49,7 +49,8 @@ def add_prompt_logprobs(row: Scheduled, logits: torch.Tensor) -> None:
         logits: [row.count, vocabulary]; the logits at token i rate token i + 1.
     """
     request, count = row.request, row.request.params.prompt_logprobs
-    assert count is not None and request.prompt_logprobs is not None
+    assert count is not None
+    assert request.prompt_logprobs is not None
     for offset in range(row.count):
         following = row.start + offset + 1
         if len(request.prompt_logprobs) == following < len(request.prompt_token_ids):

@@ -12,7 +12,8 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.tables import BlockTables
 from hf_paged.errors import ConfigError, InvalidRequestError
-from hf_paged.types import AttentionBackend, CachePolicy, CacheSpec, CacheStats, Request
+from hf_paged.protocols import AttentionBackend, CachePolicy
+from hf_paged.types import CacheSpec, CacheStats, Request
 
 # Share of the free memory that a pool without a given size grows to at most. On a CPU the rest of the program, and of
 # the machine, lives in the same memory.
@@ -111,8 +112,9 @@ class Pool:
             needed = self.tables.most_blocks(group, total, self.chunk)
             if needed >= most:
                 raise InvalidRequestError(
-                    f"{num_prompt} prompt tokens and max_tokens={max_tokens} need {needed} KV blocks of {self._block_size} "
-                    f"tokens; the pool has {most - 1} at most; shorten the request, or raise num_blocks or kv_memory"
+                    f"{num_prompt} prompt tokens and max_tokens={max_tokens} need {needed} KV blocks of "
+                    f"{self._block_size} tokens; the pool has {most - 1} at most; shorten the request, or raise "
+                    "num_blocks or kv_memory"
                 )
 
     def stats(self, num_preemptions: int) -> CacheStats:
@@ -130,7 +132,7 @@ class Pool:
             num_preemptions=num_preemptions,
         )
 
-    # ------------------------------------------------------------------------------------------------------------- sizes
+    # ------------------------------------------------------------------------------------------------------------ sizes
 
     @property
     def _fixed(self) -> bool:
@@ -198,5 +200,6 @@ def _free_memory(device: torch.device) -> int:
     """Bytes free on a device."""
     if device.type == "cuda":
         # What torch holds without using it can be had as well.
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available

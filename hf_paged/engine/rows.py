@@ -15,7 +15,8 @@ import torch
 
 from hf_paged.engine.blocks import BlockPool
 from hf_paged.engine.cache import PagedKVCache
-from hf_paged.types import NULL_BLOCK, AttentionBackend, CacheSpec
+from hf_paged.protocols import AttentionBackend
+from hf_paged.types import NULL_BLOCK, CacheSpec
 
 GROWTH = 1.5  # growing copies
 
@@ -93,7 +94,7 @@ class Rows:
     def __del__(self) -> None:
         self.pages.dropped.append(self.tables)
 
-    # ------------------------------------------------------------------------------------------------- rows as a whole
+    # -------------------------------------------------------------------------------------------------- rows as a whole
 
     def fork(self) -> Rows:
         """Rows with the same content, which share every block."""
@@ -176,7 +177,7 @@ class Rows:
         self._owned = None
         self._places.clear()
 
-    # ---------------------------------------------------------------------------------------------------- keys, values
+    # ----------------------------------------------------------------------------------------------------- keys, values
 
     def write(self, pool: torch.Tensor, states: torch.Tensor, end: int) -> None:
         """Write the tokens up to `end`.

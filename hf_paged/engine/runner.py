@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hf_paged.engine.cache import PagedKVCache
-from hf_paged.types import AttentionBackend, Batch, PagedModel, Step
+from hf_paged.protocols import AttentionBackend, PagedModel
+from hf_paged.types import Batch, Step
 
 
 class Runner:

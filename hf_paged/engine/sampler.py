@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.params import SamplingParams
-from hf_paged.types import LogitsProcessor, Request, Sampled
+from hf_paged.protocols import LogitsProcessor
+from hf_paged.types import Request, Sampled
 
 
 class BatchSampler:
@@ -136,4 +137,3 @@ def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:
 def _keyed(seed: int, position: int, device: torch.device) -> torch.Generator:
     key = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=7).digest()  # 56 bits: what every generator takes
     return torch.Generator(device).manual_seed(int.from_bytes(key, "little"))
-

@@ -51,7 +51,7 @@ class FCFSScheduler:
         """The waiting request that is admitted next."""
         return next(request for request in self.waiting if self._ready(request))
 
-    # --------------------------------------------------------------------------------------------------- come and go
+    # ------------------------------------------------------------------------------------------------------ come and go
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -76,7 +76,7 @@ class FCFSScheduler:
         for request in self.waiting:
             request.status, request.num_computed, request.tables = Status.WAITING, 0, []
 
-    # ------------------------------------------------------------------------------------------------------- schedule
+    # --------------------------------------------------------------------------------------------------------- schedule
 
     def schedule(self) -> Step:
         """Choose the rows of the next step and give them blocks. An empty step means that nothing can be served."""
@@ -181,7 +181,7 @@ class FCFSScheduler:
         parent = request.parent
         if parent is None or parent.status is Status.FINISHED or parent.order < 0 or self._apart:
             return self._active(request)
-        # A parent that has begun its output, or waits for its caller, and was preempted would only hold its children up.
+        # A preempted parent that has begun its output, or waits for its caller, would only hold its children up.
         due = parent.num_computed < len(parent.prompt_token_ids) and parent.num_output == 0 and not parent.held
         return self._active(request) and not due
 
@@ -210,5 +210,3 @@ class PriorityScheduler(FCFSScheduler):
     def key(self, request: Request) -> tuple[int, ...]:
         """See `FCFSScheduler.key`."""
         return (request.priority, request.order)
-
-

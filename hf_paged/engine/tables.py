@@ -8,7 +8,8 @@ from array import array
 from collections.abc import Sequence
 
 from hf_paged.engine.blocks import BlockPool
-from hf_paged.types import NULL_BLOCK, CachePolicy, Request
+from hf_paged.protocols import CachePolicy
+from hf_paged.types import NULL_BLOCK, Request
 
 
 class BlockTables:
@@ -49,14 +50,14 @@ class BlockTables:
         self._epochs: dict[Request, int] = {}
         self._copies: list[list[tuple[int, int]]] = [[] for _ in self.pools]
 
-    # ------------------------------------------------------------------------------------------------------ questions
+    # -------------------------------------------------------------------------------------------------------- questions
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take in a group without a window."""
         return -(-num_tokens // self.block_size)
 
     def most_blocks(self, group: int, num_tokens: int, chunk: int) -> int:
-        """Most blocks that a request of `num_tokens` tokens holds at once in a group, computed `chunk` tokens a step."""
+        """Most blocks of a group that a request of `num_tokens` tokens holds at once, if a step computes `chunk`."""
         window = self.windows[group]
         if window is not None:
             num_tokens = min(num_tokens, window + chunk + self.block_size)
@@ -71,7 +72,7 @@ class BlockTables:
         """Share of the blocks that requests hold, of the fullest group."""
         return max(1.0 - pool.num_free / (pool.num_blocks - 1) for pool in self.pools)
 
-    # ---------------------------------------------------------------------------------------------- a request's tables
+    # ----------------------------------------------------------------------------------------------- a request's tables
 
     def admit(self, request: Request, count: int, expected: int) -> int | None:
         """Give a request its first blocks: cached ones that its tokens begin with, and blocks for `count` more at most.
@@ -104,7 +105,7 @@ class BlockTables:
         return count
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Have blocks for the request's first `num_tokens` tokens, all or nothing, none of them shared where it writes."""
+        """Have blocks for the request's first `num_tokens` tokens, none shared where it writes. All or nothing."""
         self._slide(request)
         needed, written = self.blocks_for(num_tokens), request.num_computed // self.block_size
         shared, enough = [], True
@@ -155,7 +156,7 @@ class BlockTables:
         for pool in self.pools:
             pool.forget()
 
-    # ------------------------------------------------------------------------------------------------- prefix caching
+    # --------------------------------------------------------------------------------------------------- prefix caching
 
     def _shares(self, request: Request) -> bool:
         # The logits of every prompt token are wanted, so every one has to be computed.
@@ -215,7 +216,7 @@ class BlockTables:
         return all(table[self._first_visible(group, last)] != NULL_BLOCK for group, table in enumerate(parent.tables))
 
     def _fork(self, parent: Request, child: Request) -> int:
-        """Share the parent's prompt blocks, its last, partly filled one too; the last token is computed anew, for its logits."""
+        """Share the parent's prompt blocks, a partly filled one too; the last token is computed anew for its logits."""
         blocks = self.blocks_for(len(child.prompt_token_ids))
         child.tables = [table[:blocks] for table in parent.tables]
         for table, pool in zip(child.tables, self.pools, strict=True):
@@ -234,7 +235,7 @@ class BlockTables:
         table[index] = new
         pool.give([old])
 
-    # ---------------------------------------------------------------------------------------------------- where and when
+    # --------------------------------------------------------------------------------------------------- where and when
 
     def _claim(self, request: Request, expected: int) -> None:
         if not self._prefer_runs:

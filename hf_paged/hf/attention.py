@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.ledger import Ledger
-from hf_paged.types import LayerPlan
+from hf_paged.protocols import LayerPlan
 
 NAME = "hf_paged"
 
@@ -96,7 +96,7 @@ def paged_attention(
     """What Transformers calls for each attention layer under the name `hf_paged`; see its attention interface."""
     step = _step.get()
     if step is None:
-        options = dict(scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux)
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux}
         options = {name: option for name, option in options.items() if option is not None}
         return _own_attention(module)(module, query, key, value, attention_mask, **options, **kwargs)
     if kwargs.get("position_bias") is not None:
@@ -108,7 +108,7 @@ def paged_attention(
 
 
 def paged_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """What Transformers calls to make a mask under the name `hf_paged`: the step's inside one, the usual one outside."""
+    """What Transformers calls for a mask under the name `hf_paged`: the step's inside one, the usual one outside."""
     step = _step.get()
     if step is not None:
         return step.mask(kwargs["mask_function"], kwargs["q_length"])
@@ -182,7 +182,7 @@ def _own_attention(module: nn.Module) -> Callable[..., Any]:
 
 
 class _Registration:
-    """Our entries in Transformers' registries: there while a model is patched or one of our forwards runs, gone after."""
+    """Our entries in Transformers' registries: there while a model is patched or a forward of ours runs, then gone."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a model's end releases, and may come at any line of this thread

@@ -16,8 +16,8 @@ _CONTEXT = 6
 class Detokenizer:
     """Decodes a growing sequence; text that may still change with the next token is held back.
 
-    The text of new tokens is what decoding them after a few earlier ones adds. A character whose bytes are not all there
-    yet decodes to U+FFFD.
+    The text of new tokens is what decoding them after a few earlier ones adds. A character whose bytes are not all
+    there yet decodes to U+FFFD.
 
     Attributes:
         text: what was decoded so far.
@@ -71,7 +71,7 @@ class StopStrings:
 
     def __call__(self, request: Request) -> str | None:
         """The stop string that the newest token completes, if one does."""
-        # Before min_tokens nobody asks; a stop string in there counts for nothing. Asked twice, there is nothing to add.
+        # Before min_tokens nobody asks; a stop string in there counts for nothing. Asked twice, nothing is added.
         first = len(request.prompt_token_ids) + self._detokenizer.num_added
         self._detokenizer.add(request.token_ids[first:-1])
         piece = self._detokenizer.add(request.token_ids[max(first, len(request.token_ids) - 1) :])
@@ -88,6 +88,8 @@ class StopStrings:
 def banned_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The token sequences of bad words, at the start of a text and after a space."""
     found = {
-        tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False)) for word in words for prefix in ("", " ")
+        tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
+        for word in words
+        for prefix in ("", " ")
     }
     return tuple(sorted(ids for ids in found if ids))

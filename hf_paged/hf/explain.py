@@ -57,10 +57,12 @@ def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
     inner = unwrap(model)
     name, is_patched = type(inner).__name__, patched(inner) is not None
     config = config or PagedConfig()
+    manager = plugins.load(config)
+    found = plugins.registry(manager, config)
     user = object()
     registration.acquire(user)
     try:
-        built = build(inner, config, plugins.load(config))
+        built = build(inner, config, manager, found)
     except UnsupportedModelError as error:
         return Explanation(name, "stock", str(error), None, None, is_patched)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,8 @@ from hf_paged.hf.prepare import Prepared
 from hf_paged.hf.replay import ReplayedCache
 from hf_paged.hf.rowwise import RowwiseSampler, is_plain, is_rowwise
 from hf_paged.params import SamplingParams
-from hf_paged.types import Request, TokenSampler
+from hf_paged.protocols import TokenSampler
+from hf_paged.types import Request
 
 _ids = itertools.count()
 
@@ -64,7 +64,9 @@ def _run_rowwise(model: PreTrainedModel, call: Prepared, driver: Driver) -> torc
 
 def _requests(call: Prepared, sampler: TokenSampler | None, *, ends_itself: bool = True) -> list[Request]:
     """A request for each row; rows with the same prompt share its blocks."""
-    params = SamplingParams(temperature=0.0, max_tokens=call.max_new_tokens, ignore_eos=not ends_itself, detokenize=False)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=call.max_new_tokens, ignore_eos=not ends_itself, detokenize=False
+    )
     number = next(_ids)
     requests: list[Request] = []
     for index, prompt in enumerate(call.prompts):

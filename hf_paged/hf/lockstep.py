@@ -49,8 +49,8 @@ def run(
             raw = torch.stack([handoff.logits[request] for request in requests])
             raw = raw.to(copy=True, dtype=torch.float32, device=input_ids.device)
             processed = call.processors(input_ids, raw)
-            scores = scores + (processed,) if scores is not None else None
-            logits = logits + (raw,) if logits is not None else None
+            scores = (*scores, processed) if scores is not None else None
+            logits = (*logits, raw) if logits is not None else None
             tokens = _choose(processed, bool(config.do_sample))
             if pads and pad is not None:
                 tokens = tokens * unfinished + pad * (1 - unfinished)
@@ -58,9 +58,10 @@ def run(
             unfinished = unfinished & ~call.criteria(input_ids, scores)
             if call.streamer is not None:
                 call.streamer.put(tokens.cpu())
-            if not bool(unfinished.max()):
+            done = not bool(unfinished.max())
+            stay.push([(request, token, done) for request, token in zip(requests, tokens.tolist(), strict=True)])
+            if done:
                 return input_ids, scores, logits
-            stay.push([(request, token, False) for request, token in zip(requests, tokens.tolist(), strict=True)])
 
 
 def _choose(scores: torch.Tensor, sample: bool) -> torch.Tensor:

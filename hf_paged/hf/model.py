@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_paged.hf.attention import PagedStep, stepping, switched
 from hf_paged.hf.weights import WeightWatch
-from hf_paged.types import Batch, CacheSpec, LayerPlan
+from hf_paged.protocols import LayerPlan
+from hf_paged.types import Batch, CacheSpec
 
 
 class FlatModel:

@@ -18,8 +18,8 @@ class CallNoise:
     `torch.multinomial` draws one token a row by the exponential race: argmax(p / e), e ~ Exp(1), over the whole batch.
     Rows of a continuous batch reach a step at different times, so the generator's state is noted for each step, and a
     step's noise is made again when a late row needs it. At the end the global generator is where stock would have left
-    it. Of calls that overlap in time, only the first takes the global state; the others draw a seed from it, so that two
-    threads don't get the same numbers.
+    it. Of calls that overlap in time, only the first takes the global state; the others draw a seed from it, so that
+    two threads don't get the same numbers.
 
     Args:
         rows: rows of the call, finished ones counted.

@@ -54,6 +54,7 @@ class PatchedModel:
         self._seed = seed
         self._ledger = Ledger()
         self._manager = plugins.load(config)
+        self._registry = plugins.registry(self._manager, config)
         self._engines: dict[Hashable, tuple[Built, Driver]] = {}
         self._refused: dict[Hashable, str] = {}
         self._warned: set[str] = set()
@@ -69,11 +70,12 @@ class PatchedModel:
             raise
         user = object()
         registration.acquire(user)
-        release = weakref.finalize(model, registration.release, user)  # called once, by unpatch or when the model is gone
+        # Called once: by unpatch, or when the model is gone.
+        release = weakref.finalize(model, registration.release, user)
         release.atexit = False
         self._ledger.record("Transformers' registries", release)
 
-    # ------------------------------------------------------------------------------------------------------------- calls
+    # ------------------------------------------------------------------------------------------------------------ calls
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate()`: on the engine, or stock's where the engine can't carry the call."""
@@ -107,7 +109,7 @@ class PatchedModel:
                 raise UnsupportedModelError(self._refused[key])
             if key not in self._engines:
                 try:
-                    built = build(self.model, self.config, self._manager, self._seed)
+                    built = build(self.model, self.config, self._manager, self._registry, self._seed)
                 except UnsupportedModelError as error:
                     self._refused[key] = str(error)
                     raise
@@ -122,7 +124,7 @@ class PatchedModel:
             self._warned.add(reason)
             warnings.warn(message, stacklevel=4)
 
-    # ------------------------------------------------------------------------------------------------------------ memory
+    # ----------------------------------------------------------------------------------------------------------- memory
 
     @property
     def stats(self) -> CacheStats:
@@ -132,7 +134,7 @@ class PatchedModel:
         return CacheStats(**{name: sum(getattr(stats, name) for stats in each) for name in fields})
 
     def keep_pool(self) -> None:
-        """Keep the KV pool, and the prefix cache, between calls from now on, until `give_pool_back` is called as often."""
+        """Keep the KV pool, and the prefix cache, between calls until `give_pool_back` is called as often."""
         self._keep(1)
 
     def give_pool_back(self) -> None:
@@ -151,7 +153,7 @@ class PatchedModel:
         for driver in drivers:
             driver.set_release_when_idle(not self.keeps_pool)
 
-    # ------------------------------------------------------------------------------------------------------ on and off
+    # ------------------------------------------------------------------------------------------------------- on and off
 
     def install(self) -> None:
         """Put `generate` on the instance."""
@@ -164,8 +166,8 @@ class PatchedModel:
             engines = list(self._engines.values())
             self._engines.clear()
         for built, driver in engines:
-            driver.close()
-            built.close()
+            driver.close()  # between two steps of whoever drives: nobody else may touch the engine
+            built.tell_stopped()
         self._ledger.undo()
 
 
@@ -195,15 +197,17 @@ def _generate_of_class(model: PreTrainedModel) -> Any:
 def _generate_on_any_model(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`GenerationMixin.generate` under `patch()`: the first call patches the model."""
     if _everywhere.config is None or type(self).generate is not GenerationMixin.generate:
-        return STOCK_GENERATE(self, *args, **kwargs)  # unpatched meanwhile; or called by a class's generate(), as super()'s
+        # Unpatched meanwhile; or called by a class's own generate(), as super()'s.
+        return STOCK_GENERATE(self, *args, **kwargs)
     return _implicitly_patched(self).generate(*args, **kwargs)
 
 
 def _stock_generate(model: PreTrainedModel) -> tuple[Callable[..., Any], str | None]:
-    """What a model's `generate()` is without us, and the reason, if there is one, why the engine can't take its place."""
+    """What a model's `generate()` is without us, and why, if so, the engine can't take its place."""
     own = vars(model).get("generate")
     function = getattr(own, "__func__", None)
-    of_class = function in (type(model).generate, STOCK_GENERATE) or getattr(function, "__wrapped__", None) is STOCK_GENERATE
+    known = (type(model).generate, STOCK_GENERATE)
+    of_class = function in known or getattr(function, "__wrapped__", None) is STOCK_GENERATE
     if own is not None and not of_class:  # a copy of a patched model has its class's
         return own, "the model has a generate() of its own"
     if type(model).generate is GenerationMixin.generate:

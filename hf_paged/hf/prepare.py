@@ -19,7 +19,14 @@ STOCK_GENERATE = GenerationMixin.generate
 _SIGNATURE = inspect.signature(STOCK_GENERATE)
 
 # What the preparation adds by itself; anything else was given for the model's forward.
-_OWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_OWN_MODEL_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+}
 # These hold keys and values as exactly as the pool does; the others (quantised, offloaded) were asked for on purpose.
 _PLAIN_CACHES = {None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window", "hybrid_chunked"}
 _CARRIED_MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
@@ -120,7 +127,9 @@ def _check_arguments(model: PreTrainedModel, given: dict[str, Any]) -> None:
         if given.get(name) is not None and given[name] is not False:
             raise Unsupported(f"{reason} is not carried on the engine yet")
     if model._extract_generation_mode_kwargs(None, {}, given.get("synced_gpus"), None, None).get("synced_gpus"):
-        raise Unsupported("synced_gpus (DeepSpeed ZeRO-3, FSDP: processes that forward in step) is not carried on the engine")
+        raise Unsupported(
+            "synced_gpus (DeepSpeed ZeRO-3, FSDP: processes that forward in step) is not carried on the engine"
+        )
     if given.get("inputs") is None and given.get("input_ids") is None:
         raise Unsupported("generation from the BOS token alone is not carried on the engine yet")
     if (cache := _setting(model, given, "cache_implementation")) not in _PLAIN_CACHES:
@@ -136,7 +145,11 @@ def _check_arguments(model: PreTrainedModel, given: dict[str, Any]) -> None:
 
 def _setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
     """What an option of the generation config comes to: given by name, in the config given, or in the model's own."""
-    sources = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(model.generation_config, name, None))
+    sources = (
+        given.get(name),
+        getattr(given.get("generation_config"), name, None),
+        getattr(model.generation_config, name, None),
+    )
     return next((value for value in sources if value is not None), None)
 
 
@@ -163,11 +176,12 @@ def _stop_strings(model: PreTrainedModel, given: dict[str, Any], tokenizer: Any)
 
 
 def _rows(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
-    if mask is None:
+    if mask is None or input_ids.shape[1] == 0:
         return input_ids.tolist()
     kept = mask.bool()
     if bool((kept[:, 1:] < kept[:, :-1]).any()) or not bool(kept[:, -1].all()):
         raise Unsupported(
-            "an attention mask with zeros after ones (right padding: use padding_side='left') is not carried on the engine"
+            "an attention mask with zeros after ones (right padding: use padding_side='left') is not carried on "
+            "the engine"
         )
     return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]

@@ -26,7 +26,9 @@ class ReplayedCache(DynamicCache):
         prompts: the prompts without padding.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: torch.Tensor, width: int, prompts: Sequence[list[int]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, sequences: torch.Tensor, width: int, prompts: Sequence[list[int]]
+    ) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
         self._weights = WeightWatch(model)
         self._fingerprint = self._weights.fingerprint()
@@ -49,8 +51,8 @@ class ReplayedCache(DynamicCache):
         check_mode(model)
         if self._weights.fingerprint() != self._fingerprint:
             raise UnsupportedCallError(
-                "the weights or adapters changed after generate() returned this cache, which is computed when it is first "
-                "read; read it earlier (cache.get_seq_length() will do), or take the patch off for this call"
+                "the weights or adapters changed after generate() returned this cache, which is computed when it is "
+                "first read; read it earlier (cache.get_seq_length() will do), or take the patch off for this call"
             )
         self._replay = None
         tokens = sequences[:, :-1].to(model.device)

@@ -13,14 +13,30 @@ from hf_paged.hf.noise import CallNoise
 from hf_paged.hf.prepare import Prepared
 from hf_paged.types import Request, Sampled
 
-_PROCESSORS = """
-    MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor TemperatureLogitsWarper RepetitionPenaltyLogitsProcessor
-    TopPLogitsWarper TopKLogitsWarper TopHLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper EtaLogitsWarper
-    NoRepeatNGramLogitsProcessor SequenceBiasLogitsProcessor NoBadWordsLogitsProcessor ForcedBOSTokenLogitsProcessor
-    ForcedEOSTokenLogitsProcessor InfNanRemoveLogitsProcessor ExponentialDecayLengthPenalty LogitNormalization
-    SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
-""".split()
-_CRITERIA = "MaxLengthCriteria MaxTimeCriteria EosTokenCriteria StopStringCriteria".split()
+_PROCESSORS = (
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "ExponentialDecayLengthPenalty",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "MinPLogitsWarper",
+    "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+)
+_CRITERIA = ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria")
 ROWWISE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PROCESSORS if hasattr(logits_process, name))
 ROWWISE_CRITERIA = frozenset(getattr(stopping_criteria, name) for name in _CRITERIA)
 _PLAIN_CRITERIA = frozenset((stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria))
@@ -89,7 +105,9 @@ class RowwiseSampler:
     ) -> tuple[list[int], list[bool]]:
         device = self._prompts.device
         rows = torch.tensor([self._row[request] for request in requests], device=device)
-        outputs = torch.tensor([request.output_token_ids for request in requests], dtype=self._prompts.dtype, device=device)
+        outputs = torch.tensor(
+            [request.output_token_ids for request in requests], dtype=self._prompts.dtype, device=device
+        )
         input_ids = torch.cat([self._prompts[rows], outputs.view(len(requests), step)], dim=-1)
         processors = LogitsProcessorList(_for_rows(processor, rows) for processor in self._processors)
         scores = processors(input_ids, logits.to(copy=True, dtype=torch.float32, device=device))

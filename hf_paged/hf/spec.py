@@ -37,8 +37,9 @@ class _Look(PagedStep):
     that of the mask which reaches it, whatever its keyword arguments say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.layers: list[SeenLayer] = []
+        self._device = device
         self._masks: list[tuple[torch.Tensor, Callable[..., Any]]] = []
 
     def attend(
@@ -56,7 +57,12 @@ class _Look(PagedStep):
         """See `PagedStep.attend`."""
         if query.shape[2] != key.shape[2] or query.shape[0] != 1:
             raise UnsupportedModelError(
-                f"an attention layer has queries {tuple(query.shape)} but keys {tuple(key.shape)}: not one sequence's own"
+                f"an attention layer has queries {tuple(query.shape)} but keys {tuple(key.shape)}: "
+                "they are not one sequence's own"
+            )
+        if key.device != self._device:
+            raise UnsupportedModelError(
+                f"its layers lie on several devices, {self._device} and {key.device} among them"
             )
         if mask is not None:
             window = _window_of(self._function_of(mask))
@@ -66,7 +72,7 @@ class _Look(PagedStep):
 
     def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
         """See `PagedStep.mask`."""
-        mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool)
+        mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=self._device)
         self._masks.append((mask, mask_function))
         return mask
 
@@ -83,17 +89,18 @@ def flat_model(model: nn.Module) -> FlatModel:
     Raises:
         UnsupportedModelError: it can't be carried; the message says why.
     """
-    model = _check_class(model)
-    check_mode(model)
-    configs = attention_configs(model)
-    _check_config(model.config.get_text_config(decoder=True))
-    look = _look_at(model, configs)
+    carried = _check_class(model)
+    check_mode(carried)
+    configs = attention_configs(carried)
+    config = carried.config.get_text_config(decoder=True)
+    _check_config(config)
+    look = _look_at(carried, configs)
     if not look.layers:
         raise UnsupportedModelError(f"no layer of {type(model).__name__} asks Transformers' attention interface")
-    device = model.get_input_embeddings().weight.device
+    device = carried.get_input_embeddings().weight.device
     spec = CacheSpec(tuple(layer.spec for layer in look.layers), _cache_dtype(look, device), device)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return FlatModel(model, spec, [layer.module for layer in look.layers], configs, positions)
+    positions = getattr(config, "max_position_embeddings", None)
+    return FlatModel(carried, spec, [layer.module for layer in look.layers], configs, positions)
 
 
 def unwrap(model: Any) -> Any:
@@ -102,10 +109,12 @@ def unwrap(model: Any) -> Any:
         if callable(inner := getattr(model, "get_base_model", None)):  # PEFT
             model = inner()
             continue
-        inner = next((getattr(model, n) for n in ("module", "_orig_mod") if isinstance(getattr(model, n, None), nn.Module)), None)
+        wrapped = (getattr(model, name, None) for name in ("module", "_orig_mod"))
+        inner = next((part for part in wrapped if isinstance(part, nn.Module)), None)
         if not isinstance(model, nn.Module) or inner is None:
             raise UnsupportedModelError(
-                f"patch() takes a Transformers model, or a PEFT, DDP or Accelerate wrapper of one; got {type(model).__name__}"
+                "hf_paged takes a Transformers model, or a PEFT, DDP or Accelerate wrapper of one; "
+                f"got {type(model).__name__}"
             )
         model = inner
     return model
@@ -128,7 +137,9 @@ def check_mode(model: PreTrainedModel) -> None:
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
     """The configs, each once, that name the attention of the model or of a part of it."""
-    found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    found = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     return list(found.values())
 
 
@@ -160,7 +171,9 @@ def _check_config(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {value for value in _leaves(rope, "rope_type") if value in BATCH_DEPENDENT_ROPE}
     if kinds:
-        raise UnsupportedModelError(f"its rotary embedding is {kinds.pop()!r}: it depends on the longest row of a batch")
+        raise UnsupportedModelError(
+            f"its rotary embedding is {kinds.pop()!r}: it depends on the longest row of a batch"
+        )
 
 
 def _leaves(mapping: dict[str, Any], key: str) -> list[Any]:
@@ -170,11 +183,13 @@ def _leaves(mapping: dict[str, Any], key: str) -> list[Any]:
 
 def _look_at(model: PreTrainedModel, configs: Sequence[Any]) -> _Look:
     """One forward over four tokens that only notes what the attention layers are given."""
-    look = _Look()
     tokens = torch.arange(4, device=model.get_input_embeddings().weight.device)
+    look = _Look(tokens.device)
     try:
         with torch.no_grad():
-            flat_forward(model, tokens, tokens, tokens[-1:], look, configs, keeps_logits=model._supports_logits_to_keep())
+            flat_forward(
+                model, tokens, tokens, tokens[-1:], look, configs, keeps_logits=model._supports_logits_to_keep()
+            )
     except UnsupportedModelError:
         raise
     except Exception as error:

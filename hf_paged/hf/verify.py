@@ -16,7 +16,8 @@ from hf_paged.engine.engine import Engine
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.model import FlatModel
 from hf_paged.params import SamplingParams
-from hf_paged.types import AttentionBackend, Request, Sampled
+from hf_paged.protocols import AttentionBackend
+from hf_paged.types import Request, Sampled
 
 # Relative error, ‖paged − stock‖ / ‖stock‖ of a row of logits. A wrong mask or position gives far more; experts that
 # flip on a rounding, in half precision, less than the second.
@@ -41,15 +42,16 @@ def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend) -
         expected = [_stock(model, row) for row in tokens]
     except UnsupportedModelError:
         raise
-    except Exception as error:
-        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(error).__name__}: {error}") from error
+    except Exception as raised:
+        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(raised).__name__}: {raised}") from raised
     for prompt, got, want in zip(rows, seen, expected, strict=True):
         wanted = want[len(prompt) - 1 : len(prompt) - 1 + len(got)]
         error = float(((torch.stack(got).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
         limit = TOLERANCE.get(flat.spec.dtype, HALF_TOLERANCE)
         if not error <= limit:  # NaN is no agreement either
             raise UnsupportedModelError(
-                f"its logits on a flat batch are not those of its rows alone (relative error {error:.1e}, limit {limit:.0e})"
+                "its logits on a flat batch are not those of its rows alone "
+                f"(relative error {error:.1e}, limit {limit:.0e})"
             )
 
 
@@ -71,7 +73,11 @@ def _prompts(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) ->
     config = model.config.get_text_config(decoder=True)
     special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
     generator = torch.Generator().manual_seed(0)
-    ids = [i for i in torch.randint(0, vocabulary, (4 * sum(lengths) + 64,), generator=generator).tolist() if i not in special]
+    ids = [
+        i
+        for i in torch.randint(0, vocabulary, (4 * sum(lengths) + 64,), generator=generator).tolist()
+        if i not in special
+    ]
     return [ids[sum(lengths[:i]) : sum(lengths[: i + 1])] for i in range(len(lengths))]
 
 
@@ -80,7 +86,9 @@ def _paged(
 ) -> tuple[list[list[torch.Tensor]], list[list[int]]]:
     """The logits that chose each new token, and the rows with those tokens."""
     blocks = sum(-(-(len(row) + NEW) // 4) + 1 for row in rows)
-    config = PagedConfig(block_size=4, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False)
+    config = PagedConfig(
+        block_size=4, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False
+    )
     engine, recorder = Engine(flat, backend, config), _Recorder()
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     requests = [Request(str(i), list(row), params, sampler=recorder) for i, row in enumerate(rows)]

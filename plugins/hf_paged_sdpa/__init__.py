@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_paged import hookimpl
-from hf_paged.types import AttentionBackend, CacheSpec
+from hf_paged.protocols import AttentionBackend
+from hf_paged.types import CacheSpec
 
 NAME = "sdpa"
 
 
 @hookimpl
-def register_attention_backends(register: Callable[[str, Callable[[CacheSpec], AttentionBackend]], None], config: Any) -> None:
+def register_attention_backends(
+    register: Callable[[str, Callable[[CacheSpec], AttentionBackend]], None], config: Any
+) -> None:
     """Offer the backend under the name "sdpa"."""
 
     def build(spec: CacheSpec) -> AttentionBackend:

@@ -55,7 +55,7 @@ def flash(
     causal: bool = False,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's fused CPU attention, with its log-sum-exp; [batch, heads, queries, head_dim] each."""
+    """The fused CPU attention of torch, with its log-sum-exp; [batch, heads, queries, head_dim] each."""
     # The public function over it doesn't return the log-sum-exp.
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.types import Batch, KVCache, LayerPlan, Scheduled
+from hf_paged.protocols import KVCache, LayerPlan
+from hf_paged.types import Batch, Scheduled
 from hf_paged_sdpa.attend import attend, flash, flash_serves, merge, with_sinks
 
 # Runs beyond this many are gathered first: a call costs more than copying a few blocks.
@@ -20,7 +21,7 @@ class SDPABackend:
     prefer_runs = True
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
-        """Heads first: the tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""
+        """Heads first: tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""
         return (num_heads, num_blocks, block_size, head_dim), 1
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:

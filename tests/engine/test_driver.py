@@ -232,10 +232,8 @@ def test_mail_that_is_broken_off_is_read_again():
     """A caller's requests are not lost when another, driving, is interrupted while it takes them."""
     driver = Driver(fake.make_engine())
     request = fake.make_request([1, 2, 3], 5)
-    fingerprint, driver.engine.model.fingerprint = (
-        driver.engine.model.fingerprint,
-        lambda: exec("raise KeyboardInterrupt"),
-    )
+    fingerprint = driver.engine.model.fingerprint
+    driver.engine.model.fingerprint = lambda: exec("raise KeyboardInterrupt")
     with driver.call([request]) as call:
         with pytest.raises(KeyboardInterrupt):
             driver.run([fake.make_request([4])])

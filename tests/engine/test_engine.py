@@ -360,9 +360,8 @@ def test_a_sampler_that_fails_fails_its_requests_alone(tokens):
     bad, engine = Bad(), make_engine()
     requests = [make_request([index], sampler=bad if index else None) for index in range(3)]
     finish(engine, *requests)
-    assert [type(request.error) for request in requests[1:]] == [
-        ZeroDivisionError if tokens == "raises" else ValueError
-    ] * 2
+    error = ZeroDivisionError if tokens == "raises" else ValueError
+    assert [type(request.error) for request in requests[1:]] == [error] * 2
     assert requests[0].output_token_ids == expected([0], 8)
     assert_empty(engine)
 

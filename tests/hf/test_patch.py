@@ -76,13 +76,12 @@ def test_registries_are_ours_only_while_something_is_patched(llama: PreTrainedMo
 
 
 def test_patched_generate_looks_like_stocks(llama: PreTrainedModel) -> None:
-    signature, doc, name = inspect.signature(llama.generate), llama.generate.__doc__, llama.generate.__name__
+    def looks() -> tuple[Any, ...]:
+        return inspect.signature(llama.generate), llama.generate.__doc__, llama.generate.__name__
+
+    stock = looks()
     hf_paged.patch(llama)
-    assert (inspect.signature(llama.generate), llama.generate.__doc__, llama.generate.__name__) == (
-        signature,
-        doc,
-        name,
-    )
+    assert looks() == stock
 
 
 # ----------------------------------------------------------------------------------------------------------- on and off
@@ -197,6 +196,25 @@ def test_unpatch_while_calls_run(llama: PreTrainedModel) -> None:
             same_tensor(outcome, expected)
         else:
             assert isinstance(outcome, (hf_paged.RequestAbortedError, hf_paged.EngineClosedError))
+    assert snapshot(llama) == before
+
+
+def test_unpatch_in_the_middle_of_a_forward(llama: PreTrainedModel) -> None:
+    """The forward finds what it needs to its end; the call ends with an error that says why."""
+    before = snapshot(llama)
+    hf_paged.patch(llama, on_unsupported="error")
+    llama.generate(**BATCH, max_new_tokens=1)
+
+    def unpatch(*_: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=hf_paged.unpatch, args=(llama,), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+
+    hook = llama.model.layers[1].register_forward_pre_hook(unpatch)
+    with pytest.raises(hf_paged.RequestAbortedError, match="aborted"):
+        llama.generate(BATCH["input_ids"][2:], **KWARGS)  # one row: a step that fails isn't tried again with fewer
     assert snapshot(llama) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -17,27 +16,20 @@ NEW_TOKENS = 64
 
 def test_ragged_workload(smollm2_dir: Path) -> None:
     """32 prompts of 16 to 256 tokens at once, against stock's left-padded batches of 8."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
-        prompts = sorted(
-            (item.prompt_token_ids for item in workloads.cpu().items), key=len
-        )  # little padding in a batch
-        expected: list[list[int]] = []
-        for first in range(0, len(prompts), 8):
-            batch = padded(prompts[first : first + 8], pad=model.config.eos_token_id)
-            output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-            tails = output[:, batch["input_ids"].shape[1] :]
-            expected += torch.nn.functional.pad(tails, (0, NEW_TOKENS - tails.shape[1]), value=-1).tolist()
-        batch = padded(prompts, pad=model.config.eos_token_id)
-        handle = hf_paged.patch(model, on_unsupported="error")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    prompts = sorted((item.prompt_token_ids for item in workloads.cpu().items), key=len)  # little padding in a batch
+    expected: list[list[int]] = []
+    for first in range(0, len(prompts), 8):
+        batch = padded(prompts[first : first + 8], pad=model.config.eos_token_id)
         output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-        assert handle.stats.waste < 0.2
-        assert free(handle.stats)
-        hf_paged.unpatch(model)
-    finally:
-        torch.set_num_threads(threads)
+        tails = output[:, batch["input_ids"].shape[1] :]
+        expected += torch.nn.functional.pad(tails, (0, NEW_TOKENS - tails.shape[1]), value=-1).tolist()
+    batch = padded(prompts, pad=model.config.eos_token_id)
+    handle = hf_paged.patch(model, on_unsupported="error")
+    output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert handle.stats.waste < 0.2
+    assert free(handle.stats)
+    hf_paged.unpatch(model)
     eos = model.generation_config.eos_token_id
     ends = set(eos) if isinstance(eos, list) else {eos}
     got = output[:, batch["input_ids"].shape[1] :].tolist()

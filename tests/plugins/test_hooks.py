@@ -69,8 +69,8 @@ def generate(model, rows=None, **options):
 
 def assert_stops_the_engine(model, hook):
     """A set-up hook that raises: no engine, and the error names the plugin and the hook."""
-    patch(model, failing(hook))
     with pytest.raises(PluginError, match=f"plugin 'mine' failed in {hook}: ZeroDivisionError: oops") as raised:
+        patch(model, failing(hook))
         generate(model)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     hf_paged.unpatch(model)
@@ -96,12 +96,10 @@ def test_validate_config(model):
         order.append("register_schedulers")
 
     handle = patch(model, plugin(validate_config=validate_config, register_schedulers=register_schedulers))
-    assert not order  # no engine yet
-    generate(model)
-    assert order == ["validate_config", "register_schedulers"]
+    assert order == ["validate_config", "register_schedulers"]  # before anything else
     assert seen == [handle.config]
     generate(model)
-    assert len(order) == 2  # one engine, one set-up
+    assert len(order) == 2  # one patch, one set-up
     hf_paged.unpatch(model)
     assert_stops_the_engine(model, "validate_config")
 
@@ -435,9 +433,8 @@ def test_register_routes():
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(model, options, message):
-    patch(model, **options)
     with pytest.raises(ConfigError, match=message):
-        generate(model)
+        patch(model, **options)
 
 
 @pytest.mark.parametrize(
@@ -449,9 +446,8 @@ def test_an_unknown_name_lists_the_known_ones(model, options, message):
     ],
 )
 def test_a_name_is_registered_once(model, hook, name, what):
-    patch(model, plugin(**{hook: lambda register: register(name, object)}))
     with pytest.raises(PluginError, match=f"the {what} '{name}' is registered twice") as raised:
-        generate(model)
+        patch(model, plugin(**{hook: lambda register: register(name, object)}))
     assert f"failed in {hook}" in str(raised.value)
 
 

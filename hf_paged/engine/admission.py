@@ -1,0 +1,66 @@
+"""Admission: a request that could never be served is refused before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hf_paged.engine.pool import Pool
+from hf_paged.errors import InvalidRequestError
+from hf_paged.types import Request
+
+
+def check(request: Request, vocab_size: int, max_model_len: int | None, pool: Pool) -> None:
+    """Refuse a request that could never be served.
+
+    Args:
+        request: the request; it is left as it is.
+        vocab_size: token ids lie below it.
+        max_model_len: most tokens of a request, its output counted, or None.
+        pool: has to hold the request when it is alone.
+
+    Raises:
+        InvalidRequestError: its prompt is empty, it names ids outside the vocabulary, its parent has another prompt, or
+            it is too long with its output.
+    """
+    if not request.prompt_token_ids:
+        raise InvalidRequestError("the prompt is empty; give at least one token (a model's BOS id, for instance)")
+    _check_ids(request, vocab_size)
+    _check_parent(request)
+    _check_length(request, max_model_len)
+    pool.check_fits(len(request.prompt_token_ids), request.params.max_tokens)
+
+
+def _check_ids(request: Request, vocab_size: int) -> None:
+    named: dict[str, Collection[int]] = {
+        "prompt": request.prompt_token_ids,
+        "allowed_token_ids": request.params.allowed_token_ids or (),
+        "logit_bias": request.params.logit_bias or (),
+        "banned": [token for sequence in request.banned for token in sequence or (-1,)],
+    }
+    for name, ids in named.items():
+        wrong = [token for token in (min(ids), max(ids)) if not 0 <= token < vocab_size] if ids else []
+        if wrong:
+            raise InvalidRequestError(
+                f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {vocab_size - 1})"
+            )
+
+
+def _check_parent(request: Request) -> None:
+    parent = request.parent
+    if parent is None:
+        return
+    same_prompt = list(parent.prompt_token_ids) == list(request.prompt_token_ids)
+    if not same_prompt or parent.cache_key != request.cache_key:
+        raise InvalidRequestError(
+            f"parent {parent.request_id!r} has another prompt or cache_key; blocks can't be shared"
+        )
+
+
+def _check_length(request: Request, max_model_len: int | None) -> None:
+    num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+    least = num_prompt + (max_tokens or 1)
+    if max_model_len is not None and least > max_model_len:
+        raise InvalidRequestError(
+            f"{num_prompt} prompt tokens and max_tokens={max_tokens} make {least}; the limit is {max_model_len} "
+            "(the model's positions, or max_model_len); shorten one of them"
+        )
