@@ -90,15 +90,15 @@ def register_cache_policies(register: Callable[[str, Callable[[], CachePolicy]],
 
 @hookspec
 def register_logits_processors(register: Callable[[LogitsProcessor], None], config: PagedConfig) -> None:
-    """Change logits before the engine's own sampler draws.
+    """Change logits before a token is chosen, of every request.
 
     When: a model is patched or given to `LLM`.
     Arguments: register(processor): an object that processes a batch of logits on the device without a sync, and
         declares whether it is graph-safe. Processors run in the order in which they were registered. config: the
         engine's options.
     Return: nothing.
-    Cost: once an engine; the processor itself runs once a step. Requests of a patched `generate()` carry Transformers'
-        own processors and don't pass here unless they are plain greedy.
+    Cost: once an engine; the processor itself runs once a step for each sampler: the engine's own, and that of each
+        `generate()` call with processors or sampling of its own, whose processors run after it.
     Failure: an exception stops the engine from being built, and names the plugin. A processor that raises in a step
         fails the requests of that step that it was called for.
     """

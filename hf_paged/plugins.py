@@ -28,7 +28,7 @@ from hf_paged.types import CacheSpec, StepStats
 logger = logging.getLogger(__name__)
 
 # Bundled plugins, in the order in which they are asked.
-BUNDLED = ("hf_paged_sdpa",)
+BUNDLED = ("hf_paged_triton", "hf_paged_sdpa")
 
 
 class Core:
@@ -263,8 +263,8 @@ def _bundled(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        folder = Path(__file__).resolve().parent.parent / "plugins"
-        if error.name != name or not (folder / name).is_dir():
+        root = Path(__file__).resolve().parent.parent
+        if error.name != name or not (root / "plugins" / name).is_dir():
             raise
-        sys.path.append(str(folder))
+        sys.path += [str(root / "plugins"), str(root / "kernels")]  # bundled plugins may import the kernels
         return importlib.import_module(name)

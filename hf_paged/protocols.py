@@ -24,10 +24,18 @@ if TYPE_CHECKING:
 
 
 class PagedModel(Protocol):
-    """A model as the engine sees it: it maps the tokens of a batch to logits, and asks the plan for attention."""
+    """A model as the engine sees it: it maps the tokens of a batch to logits, and asks the plan for attention.
+
+    Attributes:
+        spec: what its attention layers keep.
+        vocab_size: token ids that it reads lie below it.
+        num_logits: token ids that it writes lie below it.
+        max_positions: tokens that its positions reach, or None.
+    """
 
     spec: CacheSpec
     vocab_size: int
+    num_logits: int
     max_positions: int | None
 
     def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:

@@ -8,13 +8,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_paged
 import zoo
+from hf_paged.hf.prepare import STOCK_GENERATE
 from hf_paged.types import CacheStats
+
+OLD = Version(transformers.__version__) < Version("5.20")
+EAGER_ON_OLD = ("gemma2", "vaultgemma")  # stock's sdpa drops the soft-cap there
+
+
+def build(family: str) -> PreTrainedModel:
+    """A model of the zoo, with an attention that stock computes right."""
+    model = zoo.build(family)
+    if OLD and family in EAGER_ON_OLD:
+        model.set_attn_implementation("eager")
+    return model
 
 
 def padded(rows: Sequence[Sequence[int]], side: str = "left", pad: int = zoo.PAD) -> dict[str, torch.Tensor]:
@@ -26,6 +40,30 @@ def padded(rows: Sequence[Sequence[int]], side: str = "left", pad: int = zoo.PAD
         ids.append([pad] * gap + list(row) if side == "left" else list(row) + [pad] * gap)
         mask.append([0] * gap + [1] * len(row) if side == "left" else [1] * len(row) + [0] * gap)
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def rows_of(output: torch.Tensor, width: int) -> list[list[int]]:
+    """The new tokens of each row, up to its end."""
+    tails = output[:, width:].tolist()
+    return [tail[: tail.index(zoo.EOS) + 1] if zoo.EOS in tail else tail for tail in tails]
+
+
+class Expected:
+    """Stock's tokens for a batch; for a row whose tokens padding changes, those of the row alone."""
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], **kwargs: Any) -> None:
+        self.model, self.prompts, self.kwargs = model, prompts, kwargs
+        self.batch = {name: tensor.to(model.device) for name, tensor in padded(prompts).items()}
+        self.width = self.batch["input_ids"].shape[1]
+        self.rows = rows_of(model.generate(**self.batch, **kwargs), self.width)
+
+    def of(self, output: torch.Tensor) -> list[list[int]]:
+        """What `output`, of the model while it is patched, has to be."""
+        for index, (row, prompt) in enumerate(zip(rows_of(output, self.width), self.prompts, strict=True)):
+            if row != self.rows[index]:
+                alone = torch.tensor([prompt], device=self.model.device)
+                self.rows[index] = rows_of(STOCK_GENERATE(self.model, alone, **self.kwargs), len(prompt))[0]
+        return self.rows
 
 
 def both(

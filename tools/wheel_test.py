@@ -16,7 +16,7 @@ import hf_paged
 
 def main() -> None:
     checkout = Path(__file__).resolve().parent.parent
-    for name in ("hf_paged", "hf_paged_kernels", "hf_paged_sdpa"):
+    for name in ("hf_paged", "hf_paged_kernels", "hf_paged_sdpa", "hf_paged_triton"):
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"{name} is not installed"
         assert spec.origin is not None

@@ -6,15 +6,16 @@ from collections.abc import Collection
 
 from hf_paged.engine.pool import Pool
 from hf_paged.errors import InvalidRequestError
+from hf_paged.protocols import PagedModel
 from hf_paged.types import Request
 
 
-def check(request: Request, vocab_size: int, max_model_len: int | None, pool: Pool) -> None:
+def check(request: Request, model: PagedModel, max_model_len: int | None, pool: Pool) -> None:
     """Refuse a request that could never be served.
 
     Args:
         request: the request; it is left as it is.
-        vocab_size: token ids lie below it.
+        model: knows which token ids there are.
         max_model_len: most tokens of a request, its output counted, or None.
         pool: has to hold the request when it is alone.
 
@@ -24,13 +25,13 @@ def check(request: Request, vocab_size: int, max_model_len: int | None, pool: Po
     """
     if not request.prompt_token_ids:
         raise InvalidRequestError("the prompt is empty; give at least one token (a model's BOS id, for instance)")
-    _check_ids(request, vocab_size)
+    _check_ids(request, model)
     _check_parent(request)
     _check_length(request, max_model_len)
     pool.check_fits(len(request.prompt_token_ids), request.params.max_tokens)
 
 
-def _check_ids(request: Request, vocab_size: int) -> None:
+def _check_ids(request: Request, model: PagedModel) -> None:
     named: dict[str, Collection[int]] = {
         "prompt": request.prompt_token_ids,
         "allowed_token_ids": request.params.allowed_token_ids or (),
@@ -38,11 +39,11 @@ def _check_ids(request: Request, vocab_size: int) -> None:
         "banned": [token for sequence in request.banned for token in sequence or (-1,)],
     }
     for name, ids in named.items():
-        wrong = [token for token in (min(ids), max(ids)) if not 0 <= token < vocab_size] if ids else []
+        # A model may read more ids than it can write.
+        size = model.vocab_size if name == "prompt" else model.num_logits
+        wrong = [token for token in (min(ids), max(ids)) if not 0 <= token < size] if ids else []
         if wrong:
-            raise InvalidRequestError(
-                f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {vocab_size - 1})"
-            )
+            raise InvalidRequestError(f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {size - 1})")
 
 
 def _check_parent(request: Request) -> None:

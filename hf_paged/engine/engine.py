@@ -30,7 +30,7 @@ class Engine:
         config: its options.
         scheduler: the class that orders requests.
         policy: in which order cached blocks are given up.
-        processors: run on the logits before the engine's own sampler.
+        processors: run on the logits before any sampler, in order.
         observers: called after each step.
         admit: asked before a request is taken; None or a Reject.
         finished: told of each request that finished, after its blocks were freed.
@@ -62,7 +62,8 @@ class Engine:
             max_model_len=self.max_model_len,
         )
         self._runner = Runner(model, backend)
-        self._sampler = BatchSampler(processors, seed)
+        self._sampler = BatchSampler(seed)
+        self._processors = tuple(processors)
         self._observers = list(observers)
         self._admit = admit
         self._told_finished = finished
@@ -77,7 +78,7 @@ class Engine:
 
     def check_request(self, request: Request) -> None:
         """Refuse a request that could never be served; see `admission.check`. May be called from any thread."""
-        admission.check(request, self.model.vocab_size, self.max_model_len, self.pool)
+        admission.check(request, self.model, self.max_model_len, self.pool)
 
     def add(self, request: Request) -> None:
         """Take a request.
@@ -218,7 +219,7 @@ class Engine:
             requests, rows = [request for request, _ in members], [row for _, row in members]
             chosen = logits if len(rows) == len(logits) else logits[rows]
             try:
-                sampled = sampler.sample(requests, chosen)
+                sampled = sampler.sample(requests, self._processed(requests, chosen))
                 if len(sampled.token_ids) != len(requests):
                     raise ValueError(f"{sampler!r} gave {len(sampled.token_ids)} tokens for {len(requests)} requests")
             except Exception as error:
@@ -226,6 +227,13 @@ class Engine:
                     self._finish(request, "error", error=error)
             else:
                 self._apply(requests, chosen, sampled)
+
+    def _processed(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+        if self._processors:
+            logits = logits.float().clone()  # log-probabilities are those of the raw ones
+        for processor in self._processors:
+            logits = processor.process(requests, logits)
+        return logits
 
     def _apply(self, requests: Sequence[Request], logits: torch.Tensor, sampled: Sampled) -> None:
         """Keep every token, then act on them: what breaks off in a callback must not cost the others their tokens."""

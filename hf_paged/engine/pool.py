@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from hf_paged.engine.tables import BlockTables
 from hf_paged.errors import ConfigError, InvalidRequestError
 from hf_paged.protocols import AttentionBackend, CachePolicy
 from hf_paged.types import CacheSpec, CacheStats, Request
+
+logger = logging.getLogger(__name__)
 
 # Share of the free memory that a pool without a given size grows to at most. On a CPU the rest of the program, and of
 # the machine, lives in the same memory.
@@ -84,7 +87,11 @@ class Pool:
         if self._cache is None:
             self._cache = PagedKVCache(self.spec, self._backend, wanted, self._block_size)
         elif wanted != sizes:
-            self._cache.grow(wanted)
+            try:
+                self._cache.grow(wanted)
+            except (MemoryError, RuntimeError) as error:  # torch's allocators raise either
+                logger.warning("the KV pool stays at %s blocks, for growing it failed: %s", sizes, error)
+                self._limit = wanted = sizes
         for pool, size in zip(self.tables.pools, wanted, strict=True):
             pool.grow(size)  # last: a block must never be handed out that has no memory
 

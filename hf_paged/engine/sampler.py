@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from hf_paged.params import SamplingParams
-from hf_paged.protocols import LogitsProcessor
 from hf_paged.types import Request, Sampled
 
 
@@ -19,22 +18,18 @@ class BatchSampler:
     batch it lands in; the others share one generator.
 
     Args:
-        processors: run on the logits first, in order.
         seed: of the generator for requests without a seed of their own; None: from the operating system.
     """
 
-    def __init__(self, processors: Sequence[LogitsProcessor] = (), seed: int | None = None) -> None:
-        self._processors = tuple(processors)
+    def __init__(self, seed: int | None = None) -> None:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
         """See `TokenSampler.sample`."""
-        if not self._processors and all(_is_plain(request) for request in requests):
+        if all(_is_plain(request) for request in requests):
             return Sampled(logits.argmax(-1).tolist())
         logits = logits.float().clone()
-        for processor in self._processors:
-            logits = processor.process(requests, logits)
         for row, request in zip(logits, requests, strict=True):
             _constrain(row, request)
         _penalize(logits, requests)

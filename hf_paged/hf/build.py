@@ -70,7 +70,7 @@ def build(
         ),
         seed=seed,
     )
-    verify(model, flat, backend)  # what is wrong with an option is said before
+    verify(model, flat, backend, config.block_size)  # what is wrong with an option is said before
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
     plugins.call(manager, "engine_started", info=info)
     return Built(engine, info, manager)

@@ -49,7 +49,7 @@ def generate(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Te
 def _run_rowwise(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Tensor:
     noise = None
     if call.config.do_sample:
-        noise = CallNoise(len(call.prompts), driver.engine.model.vocab_size, call.input_ids.device)
+        noise = CallNoise(len(call.prompts), driver.engine.model.num_logits, call.input_ids.device)
     try:
         requests = _requests(call, None)
         sampler = RowwiseSampler(call, requests, noise)

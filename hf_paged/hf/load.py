@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 def load_model(
     name: str, *, dtype: Any = "auto", revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from the hub or a directory, in eval mode, on the GPU where there is one.
+    """A causal language model from the hub or a directory, in eval mode, on the current GPU where there is one.
 
-    A model that one GPU can't hold is spread over those there are by accelerate (`device_map="auto"`).
+    The weights go to it one by one, through accelerate, so that they are never held twice. A model that is spread over
+    several devices can't be carried, so none is spread here.
     """
-    where = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    where = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **where
     )

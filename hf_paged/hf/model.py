@@ -23,6 +23,7 @@ class FlatModel:
         spec: what its attention layers keep.
         modules: its attention modules, in the order in which they call.
         configs: the configs that name its attention.
+        num_logits: columns of its logits, which need not be as many as its embeddings.
         max_positions: tokens that its positions reach, or None.
     """
 
@@ -32,10 +33,12 @@ class FlatModel:
         spec: CacheSpec,
         modules: Sequence[nn.Module],
         configs: Sequence[Any],
+        num_logits: int,
         max_positions: int | None,
     ) -> None:
         self.spec = spec
         self.max_positions = max_positions
+        self.num_logits = num_logits
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self._model = model
         self._modules = modules

@@ -39,6 +39,7 @@ class _Look(PagedStep):
 
     def __init__(self, device: torch.device) -> None:
         self.layers: list[SeenLayer] = []
+        self.num_logits = 0
         self._device = device
         self._masks: list[tuple[torch.Tensor, Callable[..., Any]]] = []
 
@@ -100,7 +101,8 @@ def flat_model(model: nn.Module) -> FlatModel:
     device = carried.get_input_embeddings().weight.device
     spec = CacheSpec(tuple(layer.spec for layer in look.layers), _cache_dtype(look, device), device)
     positions = getattr(config, "max_position_embeddings", None)
-    return FlatModel(carried, spec, [layer.module for layer in look.layers], configs, positions)
+    modules = [layer.module for layer in look.layers]
+    return FlatModel(carried, spec, modules, configs, look.num_logits, positions)
 
 
 def unwrap(model: Any) -> Any:
@@ -187,9 +189,9 @@ def _look_at(model: PreTrainedModel, configs: Sequence[Any]) -> _Look:
     look = _Look(tokens.device)
     try:
         with torch.no_grad():
-            flat_forward(
-                model, tokens, tokens, tokens[-1:], look, configs, keeps_logits=model._supports_logits_to_keep()
-            )
+            keeps = model._supports_logits_to_keep()
+            logits = flat_forward(model, tokens, tokens, tokens[-1:], look, configs, keeps_logits=keeps)
+        look.num_logits = logits.shape[-1]
     except UnsupportedModelError:
         raise
     except Exception as error:

@@ -25,20 +25,27 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 HALF_TOLERANCE = 0.1
 ROWS = (5, 11)  # prompt lengths; a chunk of 4 splits both
 LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that they are seen to slide
+LONGEST_BLOCK = 64  # shorter blocks likewise, so that a row is seen to have several
 NEW = 3
 
 
-def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend) -> None:
+def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
     """Compare a few tokens' logits.
+
+    Args:
+        model, flat: the two to compare.
+        backend: the attention under `flat`.
+        block_size: the engine's, for a backend may take few sizes, and have kernels for each.
 
     Raises:
         UnsupportedModelError: the paged model fails, or gives other logits than the stock one.
     """
     windows = [window for window in flat.spec.windows if window is not None and window <= LONGEST_WINDOW]
-    lengths = (ROWS[0], max([ROWS[1], *(window + 4 for window in windows)]))
+    past_a_block = block_size + 4 if block_size <= LONGEST_BLOCK else 0
+    lengths = (ROWS[0], max([ROWS[1], past_a_block, *(window + 4 for window in windows)]))
     rows = _prompts(model, flat.vocab_size, lengths)
     try:
-        seen, tokens = _paged(flat, backend, rows)
+        seen, tokens = _paged(flat, backend, rows, block_size)
         expected = [_stock(model, row) for row in tokens]
     except UnsupportedModelError:
         raise
@@ -82,12 +89,12 @@ def _prompts(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) ->
 
 
 def _paged(
-    flat: FlatModel, backend: AttentionBackend, rows: Sequence[list[int]]
+    flat: FlatModel, backend: AttentionBackend, rows: Sequence[list[int]], block_size: int
 ) -> tuple[list[list[torch.Tensor]], list[list[int]]]:
     """The logits that chose each new token, and the rows with those tokens."""
-    blocks = sum(-(-(len(row) + NEW) // 4) + 1 for row in rows)
+    blocks = sum(-(-(len(row) + NEW) // block_size) + 1 for row in rows)
     config = PagedConfig(
-        block_size=4, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False
+        block_size=block_size, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False
     )
     engine, recorder = Engine(flat, backend, config), _Recorder()
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)

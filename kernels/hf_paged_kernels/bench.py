@@ -9,7 +9,7 @@ attention stands torch's `scaled_dot_product_attention` on dense contiguous keys
 import argparse
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,11 +256,11 @@ def line(row: dict) -> str:
     return f"{row['kernel']:30s} {row['case']:24s} {row['us']:9.1f} us {speed} {row['share'] * 100:6.1f} %{dense}"
 
 
-def main() -> None:
-    """Runs every benchmark, prints the table, and writes JSON where asked."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs every benchmark, prints the table, and writes JSON where asked. `argv`: by default the command line's."""
     parser = argparse.ArgumentParser(prog="python -m hf_paged_kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures, with GPU and versions, to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA GPU")
     torch.manual_seed(0)

@@ -93,7 +93,7 @@ class FakeModel:
         num_tokens: for each forward, the tokens it computed.
     """
 
-    vocab_size = VOCAB
+    vocab_size = num_logits = VOCAB
 
     def __init__(self, windows=FULL, max_positions=None):
         self.spec = CacheSpec(layers(windows), torch.int64, torch.device("cpu"))

@@ -548,3 +548,24 @@ def test_params_reach_the_sampler():
     request = make_request([1, 2], params={"allowed_token_ids": [4, 9]})
     assert set(finish(engine, request)[0]) <= {4, 9}
     assert isinstance(request.params, SamplingParams)
+
+
+def test_a_pool_that_cannot_grow_makes_requests_wait(monkeypatch):
+    """The one whose blocks are not to be had waits, or is refused if it never fits; nobody else notices."""
+    engine = fake.make_engine(num_blocks=None)
+    small = fake.make_request([1, 2, 3], 12)
+    engine.add(small)
+    engine.step()
+
+    def fails(self, num_blocks):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(type(engine.pool.cache), "grow", fails)
+    big = fake.make_request(list(range(1, 60)), 200)
+    engine.add(big)
+    while engine.has_work:
+        engine.step()
+    assert small.output_token_ids == fake.expected([1, 2, 3], 12)
+    assert big.finished
+    assert big.error is not None
+    fake.assert_empty(engine)

@@ -11,7 +11,7 @@ from engine import fake
 from hf_paged.engine.logprobs import top_logprobs
 from hf_paged.engine.sampler import BatchSampler, filtered
 from hf_paged.params import SamplingParams
-from hf_paged.types import Request
+from hf_paged.types import Request, Sampled
 
 VOCAB = 23
 
@@ -227,7 +227,7 @@ def test_an_engine_seed_repeats_the_unseeded_draws():
     assert draw(5) == draw(5) != draw(6)
 
 
-def test_processors_run_first_and_on_every_row():
+def test_processors_run_before_every_sampler():
     class Only:
         graph_safe = True
 
@@ -235,8 +235,14 @@ def test_processors_run_first_and_on_every_row():
             assert logits.dtype == torch.float32
             return logits.index_fill(-1, torch.tensor([7]), 1e4)
 
-    tokens = BatchSampler([Only()]).sample([request(temperature=0), request()], logits_of(rows=2).bfloat16()).token_ids
-    assert tokens == [7, 7]
+    class Mine:
+        def sample(self, requests, logits):
+            return Sampled(logits.argmax(-1).tolist())
+
+    made = [fake.make_request([1, 2, 3], 2), fake.make_request([4, 5], 2, params={"temperature": 1.0, "logprobs": 0})]
+    made.append(fake.make_request([6], 2, sampler=Mine()))
+    assert fake.finish(fake.make_engine(engine={"processors": [Only()]}), *made) == [[7, 7]] * 3
+    assert made[1].logprobs[0][7].rank > 1  # of the raw distribution
 
 
 def test_seeded_requests_do_not_depend_on_the_engines_batch():

@@ -143,7 +143,7 @@ def test_select_attention_backend(model):
     assert len(asked) == 1
     assert len(spec.layers) == 2
     assert device == spec.device == torch.device("cpu")
-    assert names == ("sdpa",)
+    assert names == ("sdpa", "triton")
     assert started[0].attention_backend == "sdpa"
     hf_paged.unpatch(model)
 
@@ -153,7 +153,9 @@ def test_select_attention_backend(model):
     hf_paged.unpatch(model)
 
     patch(model, plugin(select_attention_backend=lambda names: "warp"))
-    with pytest.raises(PluginError, match="plugin 'mine' chose the attention backend 'warp'; registered are sdpa"):
+    with pytest.raises(
+        PluginError, match="plugin 'mine' chose the attention backend 'warp'; registered are sdpa, triton"
+    ):
         generate(model)
     hf_paged.unpatch(model)
 
@@ -228,6 +230,12 @@ def test_register_logits_processors(model):
     patch(model, plugin(register_logits_processors=register_logits_processors))
     assert generate(model) == [[42] * NEW] * 3  # both ran, in the order in which they were registered
     assert calls[:2] == [41, 42]
+    for options in (
+        {"do_sample": True},
+        {"repetition_penalty": 1.1},
+        {"logits_processor": [lambda ids, scores: scores]},
+    ):
+        assert generate(model, **options) == [[42] * NEW] * 3  # whoever chooses the token
     hf_paged.unpatch(model)
 
     handle = patch(model, plugin(register_logits_processors=lambda register: register(Only(77))))
@@ -301,7 +309,8 @@ def test_engine_started(model):
     (info,) = started
     assert isinstance(info, EngineInfo)
     assert (info.model, info.attention_backend, info.scheduler) == ("LlamaForCausalLM", "sdpa", "fcfs")
-    assert info.plugins == {"core": "bundled", "hf_paged_sdpa": "bundled", "mine": "given to the engine"}
+    bundled = dict.fromkeys(("core", "hf_paged_triton", "hf_paged_sdpa"), "bundled")
+    assert info.plugins == {**bundled, "mine": "given to the engine"}
     hf_paged.unpatch(model)
     assert_stops_the_engine(model, "engine_started")
 
@@ -429,7 +438,7 @@ def test_register_routes():
     [
         ({"scheduler": "lifo"}, "scheduler='lifo' is not registered; known are fcfs, priority"),
         ({"cache_policy": "mru"}, "cache_policy='mru' is not registered; known are lru"),
-        ({"attention_backend": "warp"}, "attention_backend='warp' is not registered; known are sdpa"),
+        ({"attention_backend": "warp"}, "attention_backend='warp' is not registered; known are sdpa, triton"),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones(model, options, message):
@@ -485,7 +494,7 @@ def test_a_misspelt_argument_raises():
 
 
 def test_several_plugins_of_one_class():
-    assert names(Metrics(), Metrics()) == ["core", "hf_paged_sdpa", "Metrics", "Metrics-2"]
+    assert names(Metrics(), Metrics()) == ["core", "hf_paged_triton", "hf_paged_sdpa", "Metrics", "Metrics-2"]
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
@@ -538,8 +547,8 @@ def test_a_plugin_without_hooks_raises(given):
 
 
 def test_disable_plugins():
-    assert names() == ["core", "hf_paged_sdpa"]
-    assert names(disable_plugins=("hf_paged_sdpa",)) == ["core"]
+    assert names() == ["core", "hf_paged_triton", "hf_paged_sdpa"]
+    assert names(disable_plugins=("hf_paged_sdpa",)) == ["core", "hf_paged_triton"]
     config = PagedConfig(disable_plugins=("core",))
     with pytest.raises(ConfigError, match="scheduler='fcfs' is not registered; known are none"):
         plugins.pick("scheduler", "fcfs", plugins.registry(plugins.load(config), config).schedulers)
@@ -547,13 +556,13 @@ def test_disable_plugins():
 
 def test_disable_plugins_knows_whom_it_names():
     with pytest.raises(
-        ConfigError, match="disable_plugins='hf_paged_sdpaa' is not registered; known are core, hf_paged_sdpa"
+        ConfigError, match="'hf_paged_sdpaa' is not registered; known are core, hf_paged_sdpa, hf_paged_triton"
     ):
         names(disable_plugins=("hf_paged_sdpaa",))
 
 
 def test_without_a_backend_a_model_says_so(model):
-    patch(model, disable_plugins=("hf_paged_sdpa",))
+    patch(model, disable_plugins=plugins.BUNDLED)
     with pytest.raises(PluginError, match="no plugin chose an attention backend for cpu; registered are none"):
         generate(model)
 
@@ -601,7 +610,7 @@ def test_a_broken_plugin_of_an_installed_package_is_named(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError, match=message):
         plugins.load(PagedConfig())
-    assert names(disable_plugins=("hf-paged-bad",)) == ["core", "hf_paged_sdpa"]
+    assert names(disable_plugins=("hf-paged-bad",)) == ["core", "hf_paged_triton", "hf_paged_sdpa"]
 
 
 def test_two_installed_plugins_of_one_name(tmp_path, monkeypatch):

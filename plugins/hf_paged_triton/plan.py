@@ -1,0 +1,91 @@
+"""Plan once a step: stretches and decode work lists. Run once a layer: write, attend."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+import hf_paged_kernels as kernels
+from hf_paged.protocols import KVCache
+from hf_paged.types import Batch, LayerSpec
+from hf_paged_triton.stretches import Stretch, stretches
+
+
+class TritonPlan:
+    """One step over the cache. All its launches go to the stream that is current; it never waits for the device."""
+
+    def __init__(self, batch: Batch, cache: KVCache) -> None:
+        self._cache = cache
+        self._layers = cache.spec.layers
+        self._groups = [cache.spec.group_of(layer) for layer in range(len(self._layers))]
+        self._slots = batch.slot_mapping
+        device = cache.spec.device
+        # Triton launches on the current device, wherever the tensors are.
+        self._on_device: AbstractContextManager[Any] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
+        with self._on_device:
+            self._decode, self._paged, self._fresh = stretches(batch)
+            self._workspaces = {} if self._decode is None else _workspaces(self._decode, cache)
+
+    def run(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `LayerPlan.run`."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
+        query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
+        spec, group = self._layers[layer], self._groups[layer]
+        out = query.new_empty(*query.shape[:2], spec.value_head_dim)
+        options: dict[str, Any] = {
+            "scale": scale,
+            "window": spec.window or 0,
+            "softcap": softcap or 0.0,
+            "sinks": sinks,
+        }
+        with self._on_device:
+            kernels.write_cache(key, value, keys, values, self._slots[group])
+            if rows := self._decode:
+                own, tables, workspace = rows.tokens, rows.block_tables[group], self._workspaces[spec]
+                given = (query[own], keys, values, tables, rows.seq_lens, workspace)
+                kernels.decode_attention(*given, out=out[own], planned=True, **options)
+            if rows := self._paged:
+                own, starts = rows.tokens, rows.query_start_loc
+                lengths = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
+                kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
+            if rows := self._fresh:
+                own, starts = rows.tokens, rows.query_start_loc
+                kernels.prefill_attention(query[own], key[own], value[own], starts, out=out[own], **options)
+        return out
+
+
+def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:
+    """For each kind of layer a workspace with the step's decode work list. Made anew for each step, zeroed as it must be.
+
+    What torch's allocator keeps serves the next step, so that this costs a launch a kind of layer; and nothing is left
+    behind that a step of another number of rows, or on another stream, might trip over.
+    """
+    planned: dict[LayerSpec, torch.Tensor] = {}
+    for index, layer in enumerate(cache.spec.layers):
+        if layer in planned:
+            continue
+        keys, values = cache.keys[index], cache.values[index]
+        size = kernels.decode_workspace_bytes(len(rows.seq_lens), layer.num_heads, keys, values)
+        planned[layer] = torch.zeros(size, dtype=torch.uint8, device=keys.device)
+        kernels.plan_decode(rows.seq_lens, planned[layer], keys, values, window=layer.window or 0)
+    return planned
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """The same with its last dimension contiguous, as the kernels read it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

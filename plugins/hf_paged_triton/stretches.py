@@ -1,0 +1,69 @@
+"""A step's rows in stretches: neighbours that one launch serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn import functional
+
+from hf_paged.types import Batch, Scheduled
+
+TABLE_STEP = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Neighbouring rows, at least one.
+
+    Attributes:
+        tokens: where their queries are in the flat batch.
+        query_start_loc: int32 [rows + 1], where each row's tokens begin, counted from the first one's.
+        seq_lens: int32 [rows], tokens of each row that have keys after this step.
+        block_tables: for each cache group int32 [rows, blocks].
+    """
+
+    tokens: slice
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: list[torch.Tensor]
+
+
+def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | None]:
+    """The leading rows of one query; the last rows, whose keys are all of this step; those between.
+
+    The scheduler puts rows of one query first, and prompts that begin last. Where it doesn't, they are between: slower,
+    for that launch reads all keys through block tables with a tile of queries for each row, but as right.
+
+    Returns:
+        Decode rows, rows between, fresh rows; each None if there are none.
+    """
+    rows = batch.rows
+    decode = _leading(rows, lambda row: row.count == 1)
+    fresh = len(rows) - _leading(reversed(rows[decode:]), lambda row: row.start == 0)
+    starts = list(itertools.accumulate((row.count for row in rows), initial=0))
+
+    def stretch(first: int, last: int) -> Stretch | None:
+        if first == last:
+            return None
+        return Stretch(
+            slice(starts[first], starts[last]),
+            # Copies, unless they begin where the batch's begin: an address that 16 does not divide is another kernel
+            # to Triton, which compiles it in the middle of a run.
+            batch.query_start_loc[first : last + 1] - starts[first],
+            batch.seq_lens[first:last].clone() if first else batch.seq_lens[:last],
+            [_table(table[first:last]) for table in batch.block_tables],
+        )
+
+    return stretch(0, decode), stretch(decode, fresh), stretch(fresh, len(rows))
+
+
+def _table(table: torch.Tensor) -> torch.Tensor:
+    """A copy whose width is a multiple of 16, for the same reason; columns that are added name the null block."""
+    return functional.pad(table, (0, -table.shape[1] % TABLE_STEP))
+
+
+def _leading(rows: Iterable[Scheduled], holds: Callable[[Scheduled], bool]) -> int:
+    return sum(1 for _ in itertools.takewhile(holds, rows))
