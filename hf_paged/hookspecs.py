@@ -1,8 +1,9 @@
 """The hook specifications: every way in which a plugin can change hf_paged, and nothing else.
 
 Hooks run when a model is patched, when its engine is built, or once a request; never once a token or a layer. What has
-to act in every step is an object that a hook hands over once. A plugin is any object with functions marked `@hf_paged.hookimpl`: a module named by
-an entry point of the group `hf_paged`, or an object in `PagedConfig(plugins=(…,))`.
+to act in every step is an object that a hook hands over once. A plugin is any object with functions marked
+`@hf_paged.hookimpl`: a module named by an entry point of the group `hf_paged`, or an object in
+`PagedConfig(plugins=(…,))`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from hf_paged.config import PagedConfig
 from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError
 from hf_paged.hf.detokenize import Detokenizer, StopStrings, banned_ids
+from hf_paged.hf.handle import PatchedModel
 from hf_paged.hf.load import load_model, load_tokenizer
 from hf_paged.hf.params import default_params, end_ids
-from hf_paged.hf.patch import PatchedModel
 from hf_paged.hf.spec import unwrap
 from hf_paged.params import SamplingParams
 from hf_paged.types import CacheStats, CompletionOutput, Logprob, Request, RequestOutput
@@ -32,7 +32,7 @@ class LLM:
         model: a Transformers model, used as it is, or the name or path of one to load.
         tokenizer: its tokenizer, or the name or path of one; None: the model's own, if it can be found.
         skip_tokenizer_init: do without; prompts are token ids then, and no text comes back.
-        trust_remote_code, revision, dtype: for loading.
+        trust_remote_code, revision, dtype: for loading a model by name.
         tensor_parallel_size: only 1 for now.
         seed: of the draws of requests without a seed of their own.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together. On a CPU the pool grows.
@@ -53,7 +53,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         skip_tokenizer_init: bool = False,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool | None = None,
         tensor_parallel_size: int = 1,
         dtype: Any = "auto",
         revision: str | None = None,
@@ -66,18 +66,23 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
-        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if not isinstance(model, str):
+            wanted = None if dtype == "auto" else dtype
+            _check_nothing_to_load(dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
+        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
         self.model = unwrap(load_model(model, dtype=dtype, **loading) if isinstance(model, str) else model)
         name = tokenizer or self.model.name_or_path
         needs_one = not skip_tokenizer_init and isinstance(name, str) and bool(name)
         self.tokenizer = load_tokenizer(name, **loading) if needs_one else None if skip_tokenizer_init else tokenizer
         self.chat_template = chat_template
-        config = (config or PagedConfig()).replace(keep_pool=True, **options)
+        config = (config or PagedConfig()).replace(**options)
+        if config.keep_pool is None:
+            config = config.replace(keep_pool=True)
         if config.num_blocks is None and config.kv_memory is None and self.model.device.type == "cuda":
             config = config.replace(kv_memory=_kv_bytes(self.model.device, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
         try:
-            self._driver = self._patched.driver()
+            self._patched.driver()  # what is wrong is said now; each call asks again, for the model may change
         except BaseException:
             self.close()
             raise
@@ -104,11 +109,13 @@ class LLM:
             The outputs, in the order of the prompts.
 
         Raises:
+            UnsupportedModelError: the model was changed so that it can't be carried, or is in training mode by now.
             InvalidRequestError: a prompt is empty, too long, or holds unknown ids; the message says which.
             ConfigError: the lists' lengths differ, or text is asked of an LLM without a tokenizer.
         """
         if self._patched is None:
             raise EngineClosedError("this LLM is closed; build a new one")
+        driver = self._patched.driver()
         items = _as_list(prompts)
         params = self._params_for(items, sampling_params)
         if priority is not None and len(priority) != len(items):
@@ -117,11 +124,11 @@ class LLM:
         for index, (item, p) in enumerate(zip(items, params, strict=True)):
             try:
                 groups.append(self._requests(self._ids_of(item), p, priority[index] if priority else 0))
-                self._driver.engine.check_request(groups[-1][0].request)
+                driver.engine.check_request(groups[-1][0].request)
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}") from error
         with _Progress(groups, use_tqdm):
-            self._driver.run([one.request for group in groups for one in group])
+            driver.run([one.request for group in groups for one in group])
         texts = [item if isinstance(item, str) else _text_of(item) for item in items]
         return [_output(text, group, self.tokenizer) for text, group in zip(texts, groups, strict=True)]
 
@@ -193,7 +200,8 @@ class LLM:
         """Void the prefix cache; a change of the weights does so by itself."""
         if self._patched is None:
             raise EngineClosedError("this LLM is closed; build a new one")
-        self._driver.post(self._driver.engine.forget)
+        driver = self._patched.driver()
+        driver.post(driver.engine.forget)
 
     def close(self) -> None:
         """Give the KV pool's memory back. The model stays as it is. Closing twice does nothing more."""
@@ -347,6 +355,13 @@ def _with_text(entries: Any, tokenizer: Any) -> Any:
     return [
         entry and {i: Logprob(x.logprob, x.rank, tokenizer.decode([i])) for i, x in entry.items()} for entry in entries
     ]
+
+
+def _check_nothing_to_load(**options: Any) -> None:
+    """Refuse options for loading beside a model that is there already."""
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"{name}={value!r} is for loading a model by name; this one is loaded already")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -130,6 +130,8 @@ def test_priority(model: PreTrainedModel) -> None:
 def test_one_wrong_prompt_among_many(llm: LLM) -> None:
     forwards: list[int] = []
     hook = llm.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    run(llm, [5, 6], GREEDY)  # the model is looked at anew, with its hook
+    forwards.clear()
     for wrong in ([5, 999], [], [5] * 600, {"text": "x"}):
         with pytest.raises(InvalidRequestError, match="prompt 2"):
             run(llm, [[5, 6], [7], wrong, [8]], GREEDY)
@@ -492,20 +494,48 @@ def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_interrupt_leaves_an_llm_that_works(model: PreTrainedModel) -> None:
     prompts = zoo.prompts(1, (9, 5, 7))
-    forwards = [0]
+    forwards, armed = [0], False
 
     def interrupt(*_: Any) -> None:
-        forwards[0] += 1
+        forwards[0] += armed
         if forwards[0] == 5:
             raise KeyboardInterrupt
 
+    hook = model.register_forward_pre_hook(interrupt)
     with LLM(model, skip_tokenizer_init=True) as llm:
-        hook = model.register_forward_pre_hook(interrupt)
+        armed = True
         with pytest.raises(KeyboardInterrupt):
             run(llm, prompts, GREEDY)
-        hook.remove()
         assert llm.stats.num_free == llm.stats.num_blocks
         assert ids_of(run(llm, prompts, GREEDY)) == [greedy(model, prompt) for prompt in prompts]
+    hook.remove()
+
+
+def test_each_call_looks_at_the_model() -> None:
+    model, prompt = zoo.build("llama"), zoo.prompts(9, (21,))[0]
+    with LLM(model, skip_tokenizer_init=True) as llm:
+        model.config.attention_dropout = 0.5
+        model.train()
+        with pytest.raises(hf_paged.UnsupportedModelError, match="training mode"):
+            run(llm, prompt, GREEDY)
+        model.eval()
+        model.double()
+        assert ids_of(run(llm, prompt, GREEDY)) == [greedy(model, prompt)]
+        llm.reset_prefix_cache()
+
+
+def test_the_pool_is_given_back_where_asked(model: PreTrainedModel) -> None:
+    config = hf_paged.PagedConfig(keep_pool=False)
+    for options in ({"keep_pool": False}, {"config": config}, {"config": config, "keep_pool": True}, {}):
+        with LLM(model, skip_tokenizer_init=True, **options) as llm:
+            run(llm, [5, 6, 7], GREEDY)
+            assert (llm.stats.pool_bytes > 0) == options.get("keep_pool", not options)
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float16"}, {"revision": "main"}, {"trust_remote_code": True}])
+def test_options_for_loading_beside_a_model(model: PreTrainedModel, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        LLM(model, skip_tokenizer_init=True, **option)
 
 
 def test_by_name(tmp_path: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -50,8 +50,7 @@ class Driver:
             InvalidRequestError: a request could never be served; none of them was taken.
             UnsupportedCallError: it comes out of a callback of the step that is under way.
         """
-        driver = self._seat
-        if driver is not None and driver.thread == threading.get_ident():
+        if self.driven_here:
             raise UnsupportedCallError(
                 "generation was called from a callback (streamer, criterion, processor) of a running one"
             )
@@ -74,10 +73,38 @@ class Driver:
         self.release_when_idle = release
         self._sweep()
 
-    def close(self) -> None:
-        """Close the engine between two steps; callers that are inside get RequestAbortedError."""
-        self.post(self.engine.close)
+    def close(self, *, wait: bool = True) -> None:
+        """Close the engine between two steps; callers that are inside get RequestAbortedError.
+
+        Args:
+            wait: until it is closed, however long the step takes that another thread is in. Who calls this from a
+                callback of a step doesn't wait: the engine is closed after that step.
+        """
+        closed: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def message() -> None:
+            try:
+                self.engine.close()
+            except Exception:
+                closed.put(None)
+                raise
+            closed.put(None)
+
+        self.post(message)
         self._sweep()
+        if wait and not self.driven_here:
+            closed.get()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a caller is inside."""
+        return bool(self._inside)
+
+    @property
+    def driven_here(self) -> bool:
+        """Whether this thread sits in the driver's seat: it is in a callback of a step."""
+        driver = self._seat
+        return driver is not None and driver.thread == threading.get_ident()
 
     # ------------------------------------------------------------------------------------------------------------ calls
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 
 import pluggy
 from transformers import PreTrainedModel
@@ -12,7 +14,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.engine import Engine
 from hf_paged.hf.spec import flat_model
 from hf_paged.hf.verify import verify
-from hf_paged.types import CompletionOutput, EngineInfo, Request, RequestOutput
+from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, RequestOutput
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ def build(
     flat = flat_model(model)
     name = plugins.choose_backend(manager, found, config, flat.spec)
     backend = plugins.made("attention backend", name, found.backends[name], flat.spec)
+    admission = _Admission(manager)
     engine = Engine(
         flat,
         backend,
@@ -64,16 +67,35 @@ def build(
         policy=plugins.made("cache policy", config.cache_policy, found.policies[config.cache_policy]),
         processors=found.processors,
         observers=found.observers,
-        admit=lambda request: manager.hook.admit_request(request=request, stats=engine.stats),
+        admit=admission,
         finished=lambda request: plugins.notify(
             manager, "request_finished", request=request, output=output_of(request)
         ),
         seed=seed,
     )
+    admission.engine = weakref.ref(engine)
     verify(model, flat, backend, config.block_size)  # what is wrong with an option is said before
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
-    plugins.call(manager, "engine_started", info=info)
-    return Built(engine, info, manager)
+    built = Built(engine, info, manager)
+    try:
+        plugins.call(manager, "engine_started", info=info)
+    except BaseException as error:
+        built.close(error)
+        raise
+    return built
+
+
+class _Admission:
+    """Asks the plugins whether a request is taken. Doesn't hold the engine, which holds this."""
+
+    def __init__(self, manager: pluggy.PluginManager) -> None:
+        self._manager = manager
+        self.engine: Callable[[], Engine | None] = lambda: None
+
+    def __call__(self, request: Request) -> Reject | None:
+        engine = self.engine()
+        assert engine is not None  # it is the one that asks
+        return self._manager.hook.admit_request(request=request, stats=engine.stats)
 
 
 def output_of(request: Request) -> RequestOutput:

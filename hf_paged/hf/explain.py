@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hf_paged import plugins
 from hf_paged.config import PagedConfig
 from hf_paged.errors import UnsupportedModelError
-from hf_paged.hf.attention import registration
-from hf_paged.hf.build import build
-from hf_paged.hf.patch import patched
+from hf_paged.hf.handle import PatchedModel, patched
 from hf_paged.hf.spec import unwrap
 from hf_paged.types import CacheSpec
 
@@ -49,23 +46,25 @@ class Explanation:
 
 
 def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
-    """What hf_paged would do with a model. Tries it on a few tokens, and leaves it as it is.
+    """What `patch` would do with a model. Tries it on a few tokens, and leaves it as it is.
+
+    Args:
+        model: as for `patch`.
+        config: the options; None: those that it is patched with, if it is.
 
     Raises:
         UnsupportedModelError: it is no Transformers model.
     """
     inner = unwrap(model)
-    name, is_patched = type(inner).__name__, patched(inner) is not None
-    config = config or PagedConfig()
-    manager = plugins.load(config)
-    found = plugins.registry(manager, config)
-    user = object()
-    registration.acquire(user)
+    name, handle = type(inner).__name__, patched(inner)
+    trial = PatchedModel(inner, config or (handle.config if handle is not None else PagedConfig()))
     try:
-        built = build(inner, config, manager, found)
+        if trial.reason is not None:
+            raise UnsupportedModelError(trial.reason)
+        built, _ = trial.engine()
+        backend, spec = built.info.attention_backend, built.engine.model.spec
+        return Explanation(name, "flat", None, backend, spec, handle is not None)
     except UnsupportedModelError as error:
-        return Explanation(name, "stock", str(error), None, None, is_patched)
+        return Explanation(name, "stock", str(error), None, None, handle is not None)
     finally:
-        registration.release(user)
-    built.close()
-    return Explanation(name, "flat", None, built.info.attention_backend, built.engine.model.spec, is_patched)
+        trial.remove()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 SAMPLES = 8  # elements looked at of each parameter
+# Options of a config, by parts of their names, and attributes of modules that say how attention is computed.
+CONFIG_PARTS = ("window", "layer_type", "softcap", "rope", "scal", "multiplier", "chunk", "causal")
+MODULE_OPTIONS = {"sliding_window", "is_causal", "scaling", "attn_logit_softcapping", "layer_type", "attention_type"}
 _INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,7 +31,7 @@ class WeightWatch:
         """A value that is another one after the weights, the active adapters, the hooks or the modules changed."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors if t.device.type != "meta"))
-        return counters, _sampled(tensors), tuple(_adapters(self._model)), tuple(_hooks(self._model))
+        return counters, _sampled(tensors), tuple(_adapters(self._model)), tuple(_hooks(self._model.modules()))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -48,9 +52,31 @@ def _sampled(tensors: list[torch.Tensor]) -> int:
     return hash(tuple(torch.cat(group).cpu().numpy().tobytes() for group in by_kind.values()))
 
 
-def _hooks(model: nn.Module) -> Iterator[int]:
+def structure(model: nn.Module) -> Hashable:
+    """What a model was looked at with: another value after its modules, hooks or attention options changed."""
+    modules = list(model.modules())
+    parameters = (parameter for module in modules for parameter in module._parameters.values())
+    kinds = frozenset((p.dtype, p.device) for p in parameters if p is not None)
+    configs = {id(own["config"]): own["config"] for own in map(vars, modules) if "config" in own}.values()
+    options = [
+        (name, repr(value))
+        for config in configs
+        for name, value in list(getattr(config, "__dict__", {}).items())
+        if any(part in name for part in CONFIG_PARTS)
+    ]
+    for module in modules:
+        own = vars(module)
+        options += [(name, repr(own[name])) for name in MODULE_OPTIONS & own.keys()]
+        if "forward" in own:
+            options.append(("forward", str(id(own["forward"]))))
+    return kinds, tuple(map(id, modules)), tuple(_hooks(modules)), hash(tuple(options))
+
+
+def _hooks(modules: Iterable[nn.Module]) -> Iterator[int]:
     """The ids of the forward hooks, which may change what a layer gives; no id is used twice."""
-    for module in model.modules():
+    yield from torch_modules._global_forward_hooks
+    yield from torch_modules._global_forward_pre_hooks
+    for module in modules:
         yield from module._forward_hooks
         yield from module._forward_pre_hooks
 

@@ -61,7 +61,7 @@ class TritonPlan:
                 kernels.decode_attention(*given, out=out[own], planned=True, **options)
             if rows := self._paged:
                 own, starts = rows.tokens, rows.query_start_loc
-                lengths = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
+                lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
                 kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
             if rows := self._fresh:
                 own, starts = rows.tokens, rows.query_start_loc
@@ -70,7 +70,7 @@ class TritonPlan:
 
 
 def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:
-    """For each kind of layer a workspace with the step's decode work list. Made anew for each step, zeroed as it must be.
+    """For each kind of layer a workspace with the step's decode work list: made anew each step, and zeroed.
 
     What torch's allocator keeps serves the next step, so that this costs a launch a kind of layer; and nothing is left
     behind that a step of another number of rows, or on another stream, might trip over.

@@ -109,6 +109,71 @@ def test_a_change_voids_the_prefix_cache(llama: PreTrainedModel, change: Callabl
         assert handle.stats.prefix_hits > hits
 
 
+def test_a_hook_that_no_flat_batch_can_carry(llama: PreTrainedModel) -> None:
+    """Registered after the first call, it is found out before the next."""
+
+    def steer(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, -1] += 0.5  # the last token of each row, or of the flat batch
+        return output
+
+    with hf_paged.paged(llama, on_unsupported="error") as handle:
+        expected = llama.generate(**BATCH, **KWARGS)
+        hook = llama.model.embed_tokens.register_forward_hook(steer)
+        with pytest.raises(hf_paged.UnsupportedCallError, match="logits on a flat batch"):
+            llama.generate(**BATCH, **KWARGS)
+        hook.remove()
+        same_tensor(llama.generate(**BATCH, **KWARGS), expected)
+        assert len(handle._engines) == 1
+        assert handle.stats.prefix_queries > 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_another_window(family: str) -> None:
+    model = zoo.build(family)
+    with hf_paged.paged(model, on_unsupported="error") as handle:
+        before = model.generate(**BATCH, **KWARGS)
+        for module in model.modules():
+            if getattr(module, "sliding_window", None) is not None:
+                module.sliding_window = 3
+        model.config.sliding_window = 3
+        expected = stock(model)
+        assert expected.tolist() != before.tolist()
+        same_tensor(model.generate(**BATCH, **KWARGS), expected)
+        assert len(handle._engines) == 1
+
+
+def test_engines_for_autocast_live_side_by_side(llama: PreTrainedModel) -> None:
+    with hf_paged.paged(llama) as handle:
+        llama.generate(**BATCH, **KWARGS)
+        with torch.autocast("cpu", torch.bfloat16):
+            llama.generate(**BATCH, **KWARGS)
+        assert len(handle._engines) == 2
+        queries = handle.stats.prefix_queries
+        llama.double()
+        llama.generate(**BATCH, **KWARGS)
+        assert len(handle._engines) == 1
+        assert handle.stats.prefix_queries > queries  # those of the dropped ones count
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_trial_that_ran_out_of_memory_is_tried_again(llama: PreTrainedModel, error: type[Exception]) -> None:
+    armed = True
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if armed:
+            raise error("for a moment")
+
+    expected = llama.generate(**BATCH, **KWARGS)
+    llama.model.layers[1].register_forward_pre_hook(hook)
+    with hf_paged.paged(llama, on_unsupported="error") as handle:
+        with pytest.raises(hf_paged.UnsupportedCallError, match="for a moment"):
+            llama.generate(**BATCH, **KWARGS)
+        armed = False
+        same_tensor(llama.generate(**BATCH, **KWARGS), expected)
+        assert handle.stats.prefix_queries > 0
+
+
 def test_a_tiny_step_voids_it_too(llama: PreTrainedModel) -> None:
     with hf_paged.paged(llama, block_size=4) as handle:
         llama.generate(**BATCH, **KWARGS)
@@ -210,6 +275,9 @@ def test_memory(llama: PreTrainedModel) -> None:
     llama.generate(**BATCH, **KWARGS)
     assert handle.stats.pool_bytes == 0
     hf_paged.unpatch(llama)
+    with hf_paged.paged(llama, keep_pool=False) as given_back:
+        llama.generate(**BATCH, **KWARGS)
+        assert given_back.stats.pool_bytes == 0
     kept = hf_paged.patch(llama, keep_pool=True)
     assert kept is not None
     llama.generate(**BATCH, **KWARGS)
@@ -269,48 +337,41 @@ def test_what_a_callback_raises_reaches_the_caller(
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 def test_what_the_model_raises_reaches_the_caller(llama: PreTrainedModel, error: type[BaseException]) -> None:
-    calls = [0]
+    calls, armed = [0], False
 
     def hook(module: nn.Module, args: Any) -> None:
-        calls[0] += 1
-        if calls[0] == 4:
+        calls[0] += armed
+        # An error at every forward: the engine tries again, with fewer rows.
+        if armed and (calls[0] == 4 or error is not KeyboardInterrupt):
             raise error("in the forward")
 
+    llama.model.layers[1].register_forward_pre_hook(hook)
     expected = llama.generate(**BATCH, **KWARGS)
     with hf_paged.paged(llama, block_size=4, on_unsupported="error") as handle:
         llama.generate(**BATCH, max_new_tokens=1)
-        # Every forward from the 4th on: the engine tries once more, with fewer rows.
-        registered = llama.model.layers[1].register_forward_pre_hook(
-            hook if error is KeyboardInterrupt else _always(error)
-        )
+        armed = True
         with pytest.raises(error, match="in the forward"):
             llama.generate(**BATCH, **KWARGS)
-        registered.remove()
+        armed = False
         assert free(handle.stats)
         assert llama.config._attn_implementation == "sdpa"
         same_tensor(llama.generate(**BATCH, **KWARGS), expected)
 
 
-def _always(error: type[BaseException]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        raise error("in the forward")
-
-    return hook
-
-
 def test_a_passing_failure_of_the_model_is_outlived(llama: PreTrainedModel) -> None:
     """Out of memory for a moment: the step is tried again with fewer rows."""
-    calls = [0]
+    calls, armed = [0], False
 
     def hook(module: nn.Module, args: Any) -> None:
-        calls[0] += 1
+        calls[0] += armed
         if calls[0] == 4:
             raise RuntimeError("out of memory")
 
+    llama.model.layers[1].register_forward_pre_hook(hook)
     expected = llama.generate(**BATCH, **KWARGS)
     with hf_paged.paged(llama, block_size=4, on_unsupported="error") as handle:
         llama.generate(**BATCH, max_new_tokens=1)
-        llama.model.layers[1].register_forward_pre_hook(hook)
+        armed = True
         same_tensor(llama.generate(**BATCH, **KWARGS), expected)
         assert calls[0] > 4
         assert free(handle.stats)

@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_paged
 import zoo
+from hf_paged.hf import build
+from hf_paged.hf.patch import patched
 
 BATCH = padded(zoo.prompts(2, (11, 4, 17)))
 KWARGS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -200,21 +202,42 @@ def test_unpatch_while_calls_run(llama: PreTrainedModel) -> None:
 
 
 def test_unpatch_in_the_middle_of_a_forward(llama: PreTrainedModel) -> None:
-    """The forward finds what it needs to its end; the call ends with an error that says why."""
+    """It waits for the forward, which finds what it needs to its end; the call ends with an error that says why."""
+    threads: list[threading.Thread] = []
+    armed = False
+
+    def unpatch(*_: Any) -> None:
+        if armed and not threads:
+            threads.append(threading.Thread(target=hf_paged.unpatch, args=(llama,), daemon=True))
+            threads[0].start()
+            threads[0].join(0.3)
+            assert threads[0].is_alive()
+            assert "generate" in vars(llama)
+
+    hook = llama.model.layers[1].register_forward_pre_hook(unpatch)
     before = snapshot(llama)
     hf_paged.patch(llama, on_unsupported="error")
     llama.generate(**BATCH, max_new_tokens=1)
-
-    def unpatch(*_: Any) -> None:
-        hook.remove()
-        thread = threading.Thread(target=hf_paged.unpatch, args=(llama,), daemon=True)
-        thread.start()
-        thread.join(60)
-        assert not thread.is_alive()
-
-    hook = llama.model.layers[1].register_forward_pre_hook(unpatch)
+    armed = True
     with pytest.raises(hf_paged.RequestAbortedError, match="aborted"):
         llama.generate(BATCH["input_ids"][2:], **KWARGS)  # one row: a step that fails isn't tried again with fewer
+    threads[0].join(60)
+    assert not threads[0].is_alive()
+    assert snapshot(llama) == before
+    hook.remove()
+
+
+def test_unpatch_from_a_callback(llama: PreTrainedModel) -> None:
+    """Nobody waits for itself."""
+    before = snapshot(llama)
+    hf_paged.patch(llama)
+
+    def unpatch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        hf_paged.unpatch(llama)
+        return scores
+
+    with pytest.raises(hf_paged.RequestAbortedError):
+        llama.generate(**BATCH, **KWARGS, logits_processor=[unpatch])
     assert snapshot(llama) == before
 
 
@@ -251,6 +274,65 @@ def test_a_copy_is_not_patched(llama: PreTrainedModel, how: Any) -> None:
     hf_paged.unpatch(twin)
     hf_paged.unpatch(llama)
     same_tensor(twin.generate(**BATCH, **KWARGS), different)
+
+
+# -------------------------------------------------------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_explain_says_what_patch_would_do(llama: PreTrainedModel, already: bool) -> None:
+    own = own_model()
+    assert "Own has a generate() of its own" in str(hf_paged.explain(own).reason)
+
+    seen: list[str] = []
+
+    class Plugin:
+        @hf_paged.hookimpl
+        def prepare_model(self, model: Any, ledger: Any) -> None:
+            ledger.set_attribute(model.model.layers[0].mlp, "forward", lambda x: x * 1j)
+            seen.append("prepared")
+
+        @hf_paged.hookimpl
+        def engine_stopped(self, error: Any) -> None:
+            seen.append("stopped")
+
+    if already:
+        hf_paged.patch(llama)
+    before = snapshot(llama)
+    explained = hf_paged.explain(llama, hf_paged.PagedConfig(plugins=(Plugin(),)))
+    assert explained.path == "stock"
+    assert explained.patched == already
+    assert seen == ["prepared"]
+    assert snapshot(llama) == before
+    assert hf_paged.explain(llama).path == "flat"
+
+
+def test_an_engine_that_plugins_refuse_is_closed(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plugin:
+        @hf_paged.hookimpl
+        def engine_started(self) -> None:
+            raise ValueError("no")
+
+    closed: list[Any] = []
+    monkeypatch.setattr(build.Engine, "close", lambda engine: closed.append(engine))
+    with pytest.raises(hf_paged.PluginError, match="no"):
+        hf_paged.explain(llama, hf_paged.PagedConfig(plugins=(Plugin(),)))
+    assert len(closed) == 1
+
+
+def test_an_engine_goes_without_the_garbage_collector(llama: PreTrainedModel) -> None:
+    handle = hf_paged.patch(llama)
+    llama.generate(**BATCH, **KWARGS)
+    built, _ = handle.engine()
+    engine = weakref.ref(built.engine)
+    gc.collect()
+    gc.disable()
+    try:
+        hf_paged.unpatch(llama)
+        del built, handle, _
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------------------- wrappers
@@ -386,7 +468,7 @@ def test_patch_everything(llama: PreTrainedModel) -> None:
     later = zoo.build("llama")
     for model in (llama, later):
         same_tensor(model.generate(**BATCH, **KWARGS), expected)
-        handle = hf_paged.patch(model)
+        handle = patched(model)
         assert handle is not None
         assert handle.config.block_size == 8
         assert hits(handle) > 0
@@ -398,6 +480,53 @@ def test_patch_everything(llama: PreTrainedModel) -> None:
     same_tensor(bound(**BATCH, **KWARGS), expected)
     assert "generate" not in vars(later)
     assert snapshot(llama) == before
+
+
+def test_patch_everything_but(llama: PreTrainedModel) -> None:
+    expected = llama.generate(**BATCH, **KWARGS)
+    hf_paged.patch()
+    llama.generate(**BATCH, **KWARGS)
+    hf_paged.unpatch(llama)
+    same_tensor(llama.generate(**BATCH, **KWARGS), expected)
+    assert patched(llama) is None
+    with hf_paged.paged(llama):
+        pass
+    llama.generate(**BATCH, **KWARGS)
+    assert patched(llama) is None
+    hf_paged.patch()
+    llama.generate(**BATCH, **KWARGS)
+    assert patched(llama) is not None
+    with hf_paged.paged(llama):
+        pass
+    hf_paged.unpatch()
+    assert patched(llama) is None
+
+
+def test_an_explicit_patch_outlives_patch_everything(llama: PreTrainedModel) -> None:
+    hf_paged.patch()
+    llama.generate(**BATCH, **KWARGS)
+    handle = hf_paged.patch(llama)
+    hf_paged.unpatch()
+    assert patched(llama) is handle
+    hf_paged.unpatch(llama)
+    assert patched(llama) is None
+
+
+def test_a_reason_is_told_once_whatever_its_numbers(llama: PreTrainedModel) -> None:
+    hf_paged.patch(llama)
+    with caught() as warned:
+        for length in (600, 601):
+            llama.generate(**BATCH, max_new_tokens=length, max_time=0.01, do_sample=False)
+    assert len([message for message in warned if "positions" in message]) == 1
+
+
+def test_an_encoder() -> None:
+    config = transformers.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.BertModel(config)
+    assert "generates" in str(hf_paged.explain(model).reason)
+    hf_paged.patch(model)
+    hf_paged.unpatch(model)
+    assert "generate" not in vars(model)
 
 
 def test_patch_everything_and_encoder_decoders() -> None:

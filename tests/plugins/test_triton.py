@@ -6,10 +6,8 @@ Without a GPU the kernels run under Triton's interpreter, which the conftest of 
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +29,6 @@ from hf_paged_triton.backend import TritonBackend
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 SIZE = 16
@@ -112,11 +109,9 @@ def test_batches(rows):
     check(rows)
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("window", [1, 7, 20])
-def test_windows(window, seed):
-    check(BATCHES["in no order"], window=window, seed=seed)
-    check(BATCHES["decode, chunk, prompt"], window=window, seed=seed)
+def test_windows(window):
+    check(BATCHES["in no order"], window=window, seed=window)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -141,8 +136,7 @@ def test_shapes(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(dtype):
-    check(BATCHES["decode, chunk, prompt"], dtype=dtype)
-    check(BATCHES["in no order"], dtype=dtype, window=9, sinks=True)
+    check(BATCHES["decode, chunk, prompt"], dtype=dtype, window=9, sinks=True)
 
 
 def test_layers_of_all_kinds_in_one_step():
@@ -254,15 +248,17 @@ def test_named_where_it_can_not_serve_it_says_why(monkeypatch):
         hf_paged.unpatch(model)
 
 
-def test_nobody_who_does_not_choose_it_imports_triton():
-    code = """
-import sys, hf_paged
-from hf_paged import PagedConfig, plugins
-plugins.registry(plugins.load(PagedConfig()), PagedConfig())
-print("hf_paged_triton" in sys.modules, "hf_paged_triton.backend" in sys.modules, "hf_paged_kernels" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["True", "False", "False"], done.stderr
+def test_nobody_but_the_factory_imports_the_kernels(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hf_paged_triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hf_paged_kernels", None)  # whoever imports it now fails
+    config = PagedConfig()
+    manager = plugins.load(config)
+    found = plugins.registry(manager, config)
+    spec = CacheSpec((LayerSpec(4, 2, 16, 16),), torch.float32, DEVICE)
+    assert plugins.choose_backend(manager, found, config, spec) == ("triton" if DEVICE.type == "cuda" else "sdpa")
+    with pytest.raises(PluginError, match="'triton' can't be made: ModuleNotFoundError: .*hf_paged_kernels"):
+        plugins.made("attention backend", "triton", found.backends["triton"], spec)
 
 
 # --------------------------------------------------------------------------------------------------------- whole models
@@ -296,9 +292,9 @@ def logits_of(model, backend, prompts, new_tokens, chunk):
     return [r.token_ids for r in requests], [torch.stack(sampler.logits[r.request_id]) for r in requests]
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_logits_of_the_engine(family):
-    """Both kinds of layers, sinks, soft-cap and latent attention, in chunks and mixed steps."""
+    """Both kinds of layers, sinks and latent attention, in chunks and mixed steps."""
     model = zoo.build(family).to(DEVICE)
     prompts = zoo.prompts(1, (5, 19))
     tokens, got = logits_of(model, TritonBackend(), prompts, 3, 8)
