@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.pool import free_memory
 from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError
 from hf_paged.hf.detokenize import Detokenizer, StopStrings, banned_ids
 from hf_paged.hf.handle import PatchedModel
@@ -377,7 +378,7 @@ def _text_of(item: Prompt) -> str | None:
 
 def _kv_bytes(device: torch.device, share: float) -> int:
     """What is left of a GPU's share for keys and values, with room for a step's activations."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = free_memory(device), torch.cuda.mem_get_info(device)[1]
     budget = int(free - (1.0 - share) * total)
     if budget <= 0:
         raise ConfigError(

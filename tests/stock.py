@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -16,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_paged
 import zoo
+from hf_paged import PatchedModel
 from hf_paged.hf.prepare import STOCK_GENERATE
 from hf_paged.types import CacheStats
 
@@ -150,3 +153,21 @@ def caught() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield messages
     messages.extend(str(one.message) for one in found if "hf_paged" in str(one.message))
+
+
+@contextmanager
+def nothing_left_patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take every patch off that is put on inside, an open LLM's too; then nothing of ours may be in Transformers."""
+    handles: weakref.WeakSet[PatchedModel] = weakref.WeakSet()
+    make = PatchedModel.__init__
+
+    def noted(handle: PatchedModel, *args: Any, **kwargs: Any) -> None:
+        make(handle, *args, **kwargs)
+        handles.add(handle)
+
+    monkeypatch.setattr(PatchedModel, "__init__", noted)
+    yield
+    hf_paged.unpatch()
+    for handle in list(handles):
+        handle.remove()
+    assert "hf_paged" not in ALL_ATTENTION_FUNCTIONS._global_mapping

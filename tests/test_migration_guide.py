@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from stock import nothing_left_patched
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
-import hf_paged
 import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,12 +92,12 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def untouched() -> Iterator[None]:
+def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Transformers as it was: a page that forgets an unpatch must not reach the next one."""
     generate = GenerationMixin.generate
     state = torch.get_rng_state()
-    yield
-    hf_paged.unpatch()
+    with nothing_left_patched(monkeypatch):
+        yield
     torch.set_rng_state(state)
     assert GenerationMixin.generate is generate
 

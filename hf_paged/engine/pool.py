@@ -168,7 +168,7 @@ class Pool:
         if config.kv_memory is None:
             return None
         share = isinstance(config.kv_memory, float)
-        budget = int(config.kv_memory * _free_memory(self.spec.device)) if share else int(config.kv_memory)
+        budget = int(config.kv_memory * free_memory(self.spec.device)) if share else int(config.kv_memory)
         size = self._split(budget)
         if min(size) < 2:
             least = sum(2 * self._block_size * self.spec.token_bytes(group) for group in range(len(windows)))
@@ -179,7 +179,7 @@ class Pool:
     def _growth_limit(self) -> list[int]:
         device = self.spec.device
         share = GROWTH_LIMIT.get(device.type, GROWTH_LIMIT["cuda"])
-        return [max(size, 2) for size in self._split(int(share * _free_memory(device)))]
+        return [max(size, 2) for size in self._split(int(share * free_memory(device)))]
 
     def _split(self, budget: int) -> list[int]:
         """Blocks for each group from bytes for all, so that a long request fills no group much before another."""
@@ -195,7 +195,7 @@ class Pool:
 
     def _check_memory(self, size: Sequence[int], option: str) -> None:
         asked = sum(n * self._block_size * self.spec.token_bytes(group) for group, n in enumerate(size))
-        free = _free_memory(self.spec.device)
+        free = free_memory(self.spec.device)
         if asked > free:
             raise ConfigError(
                 f"{option} asks for a KV pool of {asked / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free on "
@@ -203,7 +203,7 @@ class Pool:
             )
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes free on a device."""
     if device.type == "cuda":
         # What torch holds without using it can be had as well.

@@ -73,8 +73,8 @@ class PatchedModel:
             raise
         user = object()
         registration.acquire(user)
-        # Called once: by unpatch, or when the model is gone.
-        release = weakref.finalize(model, registration.release, user)
+        # Called once: by unpatch, or when this is gone, with its model or with the LLM that nobody closed.
+        release = weakref.finalize(self, registration.release, user)
         release.atexit = False
         self._ledger.record("Transformers' registries", release)
 

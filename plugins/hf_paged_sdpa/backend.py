@@ -74,7 +74,7 @@ class SDPAPlan:
         group = self._groups[layer]
         keys, values = self._cache.keys[layer].flatten(1, 2), self._cache.values[layer].flatten(1, 2)
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
-        query, key, value = query.to(keys.dtype), key.to(keys.dtype), value.to(keys.dtype)
+        query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
         keys.index_copy_(1, self._slots[group], key.transpose(0, 1))
         values.index_copy_(1, self._slots[group], value.transpose(0, 1))
         rows = self._rows[group]
@@ -94,6 +94,11 @@ class SDPAPlan:
                 output = with_sinks(output, lse, sinks)
             pieces.append(output.permute(2, 0, 1, 3).reshape(row.last - row.first, -1, output.shape[-1]))
         return torch.cat(pieces)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with heads that lie in one piece: torch's fused CPU attention takes them for that without a check."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _decode(
