@@ -21,6 +21,8 @@ class PagedConfig:
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: most tokens in one step, prompt chunks and decode rows together; None: by device.
         max_model_len: most tokens of one request, prompt and output; None: what the model's positions allow.
+        enforce_eager: run every forward eagerly, without CUDA graphs.
+        fusions: replace parts of a model's layers by fused kernels for the forwards of the engine, each verified first.
         enable_prefix_caching: keep finished requests' blocks, and reuse those whose tokens a prompt begins with.
         attention_backend: a registered backend's name, or None: the plugins choose by model and device.
         scheduler: a registered scheduler's name.
@@ -42,6 +44,8 @@ class PagedConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    enforce_eager: bool = False
+    fusions: bool = True
     enable_prefix_caching: bool = True
     attention_backend: str | None = None
     scheduler: str = "fcfs"

@@ -46,6 +46,10 @@ class PagedModel(Protocol):
         """A value that changes when the weights, or what else decides the keys and values, may have changed."""
         ...
 
+    def addresses(self) -> Hashable:
+        """A value that changes when tensors which the forward reads lie elsewhere: captured graphs are void then."""
+        ...
+
 
 class KVCache(Protocol):
     """The KV tensors as a backend sees them: it writes into them, and leaves the cache's attributes alone."""
@@ -76,9 +80,14 @@ class AttentionBackend(Protocol):
 
     Attributes:
         prefer_runs: whether a request's blocks should lie in a row where they can.
+        kernels: kernels for what stands around attention, or None: torch and the model's own modules do it.
+        captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of as many decode rows:
+            it reads lengths, tables and slots from the batch's tensors alone.
     """
 
     prefer_runs: bool
+    kernels: Kernels | None
+    captures: bool
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """The shape of one layer's key (or value) pool, and the dimension in it that counts blocks."""
@@ -139,11 +148,65 @@ class TokenSampler(Protocol):
         ...
 
 
+class SamplingKernels(Protocol):
+    """Choosing tokens on the device."""
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """The largest logit of each row: int64 [rows] from [rows, vocabulary]."""
+        ...
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        *,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One token a row, int64 [rows], each by its own parameters ([rows] each); a temperature of 0 is argmax."""
+        ...
+
+
+class Kernels(SamplingKernels, Protocol):
+    """What stands around attention in a decoder layer. Weights are [out, in], as `torch.nn.Linear` has them.
+
+    A norm is (weight [n], eps, whether the weight counts as 1 + weight).
+    """
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """RMSNorm over the last dimension of [rows, n], or of [rows, heads, n] with any row stride."""
+        ...
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """x [rows, in], normed first if asked for, times the weight: [rows, out]."""
+        ...
+
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
+        """act(gate) · up of x [rows, in], normed first if asked for; the weight's first half makes the gate."""
+        ...
+
+    def add_linear(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """total [rows, out] += x [rows, in] times the weight, in place."""
+        ...
+
+
+Norm = tuple["torch.Tensor", float, bool]
+
+
 class LogitsProcessor(Protocol):
     """Changes the logits of a batch before the engine's own sampler draws. Batched, on the device, without a sync.
 
     Attributes:
         graph_safe: whether it may be captured in a CUDA graph: fixed shapes, no host value read.
+        needs_tokens: whether it reads the requests' tokens: their steps wait then until the last one is known. Taken
+            for True where a processor doesn't say.
     """
 
     graph_safe: bool

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,8 +112,11 @@ class Request:
         on_token: called with the request after each new token and when it finishes; runs in the engine's thread.
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
-        token_ids: prompt and output so far.
-        num_computed: how many of them have keys and values in the cache.
+        token_ids: prompt and output so far, as far as the host knows them.
+        num_ahead: tokens after those that steps under way have chosen, and that are on the device alone.
+        num_computed: tokens, of both kinds, that have keys and values in the cache.
+        runs_ahead: whether its next step can be launched before the host knows the token of the last one.
+        limit: most tokens that it may ever have, prompt and output.
         tables: for each cache group, the block ids in order; the null block where a window has moved on.
         num_cached: prompt tokens that the prefix cache gave, at the first admission.
         held: its logits were handed out, and it waits for `Engine.push`.
@@ -135,7 +139,10 @@ class Request:
     token_ids: list[int] = dataclasses.field(init=False)
     status: Status = Status.WAITING
     order: int = -1
+    num_ahead: int = 0
     num_computed: int = 0
+    runs_ahead: bool = False
+    limit: int = sys.maxsize
     tables: list[list[int]] = dataclasses.field(default_factory=list)
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     num_cached: int | None = None
@@ -162,9 +169,14 @@ class Request:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output so far, those counted that only the device knows."""
+        return len(self.token_ids) + self.num_ahead
+
+    @property
     def num_pending(self) -> int:
         """Tokens whose keys and values are still to be computed."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_ahead - self.num_computed
 
     @property
     def finished(self) -> bool:
@@ -211,23 +223,27 @@ class RequestOutput:
 # ------------------------------------------------------------------------------------------------------- steps, batches
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Scheduled:
-    """A request's share of a step: its tokens `start` to `start + count`, counted from the start of its prompt."""
+    """A request's share of a step: its tokens `start` to `start + count`, counted from the start of its prompt.
+
+    Attributes:
+        end: one past the last token of the share.
+        samples: whether the step brings the request up to date, so that its last logits choose a token.
+        known: whether the host knows all of the tokens; else the last one is on the device alone.
+    """
 
     request: Request
     start: int
     count: int
+    end: int = dataclasses.field(init=False)
+    samples: bool = dataclasses.field(init=False)
+    known: bool = dataclasses.field(init=False)
 
-    @property
-    def end(self) -> int:
-        """One past the last token of the share."""
-        return self.start + self.count
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step brings the request up to date, so that its last logits choose a token."""
-        return self.end == len(self.request.token_ids)
+    def __post_init__(self) -> None:
+        self.end = self.start + self.count
+        self.samples = self.end == self.request.num_tokens
+        self.known = self.end <= len(self.request.token_ids)
 
 
 @dataclasses.dataclass
@@ -263,6 +279,11 @@ class Batch:
         slot_mapping: for each cache group int64 [T]: block id × block size + offset, where a token's keys are written.
         block_tables: for each cache group int32 [R, most blocks], padded with the null block.
         logits_indices: int64 [S], the flat tokens whose logits are wanted.
+        row_starts: `query_start_loc` on the host.
+        num_decode: leading rows of one token.
+        fresh_from: the first of the last rows, those that read no key of an earlier step.
+        padded: whether rows of length 0 and without slots follow those of `rows`, for a graph of more rows; R counts
+            them then, and every row of `rows` is a decode row.
     """
 
     rows: Sequence[Scheduled]
@@ -273,6 +294,10 @@ class Batch:
     slot_mapping: list[torch.Tensor]
     block_tables: list[torch.Tensor]
     logits_indices: torch.Tensor
+    row_starts: Sequence[int]
+    num_decode: int
+    fresh_from: int
+    padded: bool = False
 
 
 @dataclasses.dataclass

@@ -1,51 +1,126 @@
-"""Step -> Batch: the tensors of one forward."""
+"""Step -> Batch: the tensors of one forward, in one copy to the device."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
-from hf_paged.types import Batch, Scheduled, Step
+from hf_paged.engine.staging import Staging
+from hf_paged.types import Batch, Request, Scheduled, Step
 
 
-def build(step: Step, block_size: int, num_groups: int, device: torch.device) -> Batch:
-    """The tensors of a step; see `Batch` for their shapes."""
-    rows = step.rows
-    counts = [row.count for row in rows]
-    ids = [token for row in rows for token in row.request.token_ids[row.start : row.end]]
-    positions = list(itertools.chain.from_iterable(range(row.start, row.end) for row in rows))
-    ends = list(itertools.accumulate(counts, initial=0))
-    tables = [[row.request.tables[group] for row in rows] for group in range(num_groups)]
-    return Batch(
-        rows=rows,
-        input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        query_start_loc=torch.tensor(ends, dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([row.end for row in rows], dtype=torch.int32, device=device),
-        slot_mapping=[_slots(rows, group, block_size, device) for group in tables],
-        block_tables=[_padded(group, device) for group in tables],
-        logits_indices=torch.tensor(_logits_indices(rows, ends), dtype=torch.int64, device=device),
-    )
+class BatchBuilder:
+    """Builds batches for one device.
+
+    Args:
+        block_size: tokens of a block.
+        num_groups: cache groups, each with tables of its own.
+        device: where the tensors go.
+    """
+
+    def __init__(self, block_size: int, num_groups: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._num_groups = num_groups
+        self._staging = Staging(device)
+
+    def build(
+        self,
+        step: Step,
+        *,
+        padded_rows: int | None = None,
+        chosen: torch.Tensor | None = None,
+        places: Mapping[Request, int] | None = None,
+    ) -> Batch:
+        """The tensors of a step; see `Batch` for their shapes.
+
+        Args:
+            padded_rows: how many rows the batch shall have; None: those of the step.
+            chosen: int64 [n], tokens of the step before that the host doesn't know yet.
+            places: for each request whose last token is among them, its index there.
+        """
+        rows, missing = step.rows, (padded_rows or len(step.rows)) - len(step.rows)
+        counts = np.array([row.count for row in rows] + [1] * missing, np.int64)
+        first = np.array([row.start for row in rows] + [-1] * missing, np.int64)
+        ends = np.concatenate([[0], counts.cumsum()])
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(ends[-1]) + (first - ends[:-1])[row_of]
+        tables = [
+            _padded([row.request.tables[group] for row in rows] + [[]] * missing) for group in range(self._num_groups)
+        ]
+        fed = _fed(rows, ends, places) if places else []
+        num_decode = next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
+        wide = [
+            _token_ids(rows, missing),
+            np.maximum(positions, 0),
+            *(self._slots(table, row_of, positions) for table in tables),
+            np.array(_logits_indices(rows, ends.tolist()), np.int64),
+            np.array(fed, np.int64).reshape(-1, 2).T,
+        ]
+        narrow = [ends.astype(np.int32), (first + counts).astype(np.int32), *tables]
+        moved = self._staging.send([*wide, *narrow])
+        input_ids, where, *slots = moved[: 2 + self._num_groups]
+        logits_indices, fed_pairs, starts, seq_lens, *block_tables = moved[2 + self._num_groups :]
+        if fed:
+            assert chosen is not None
+            input_ids[fed_pairs[0]] = chosen[fed_pairs[1]]
+        return Batch(
+            rows=rows,
+            input_ids=input_ids,
+            positions=where,
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            slot_mapping=slots,
+            block_tables=block_tables,
+            logits_indices=logits_indices,
+            row_starts=ends.tolist(),
+            num_decode=num_decode + missing,
+            fresh_from=_fresh_from(rows, num_decode) + missing,
+            padded=padded_rows is not None,
+        )
+
+    def _slots(self, table: np.ndarray, row_of: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where each token is written; -1 for those before a sequence's first, which nobody wants."""
+        block, offset = np.divmod(positions, self._block_size)
+        slots = table[row_of, block].astype(np.int64) * self._block_size + offset
+        return np.where(positions < 0, -1, slots)
 
 
-def _slots(
-    rows: Sequence[Scheduled], tables: Sequence[Sequence[int]], block_size: int, device: torch.device
-) -> torch.Tensor:
-    slots: list[int] = []
-    for row, table in zip(rows, tables, strict=True):
-        for index in range(row.start // block_size, -(-row.end // block_size)):
-            # A token's slot is its position moved by as much as its block is.
-            base = (table[index] - index) * block_size
-            first, last = max(row.start, index * block_size), min(row.end, (index + 1) * block_size)
-            slots.extend(range(base + first, base + last))
-    return torch.tensor(slots, dtype=torch.int64, device=device)
+def _fed(rows: Sequence[Scheduled], ends: np.ndarray, places: Mapping[Request, int]) -> list[tuple[int, int]]:
+    """Where the tokens go that the host doesn't know, and where they come from."""
+    lasts = zip(rows, ends[1:].tolist(), strict=True)
+    return [(end - 1, places[row.request]) for row, end in lasts if not row.known]
 
 
-def _padded(tables: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    width = max((len(table) for table in tables), default=0)
-    return torch.tensor([[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32, device=device)
+def _token_ids(rows: Sequence[Scheduled], missing: int) -> np.ndarray:
+    """The tokens of the rows; 0 where the host doesn't know one, and for each row that is missing."""
+    ids: list[int] = []
+    for row in rows:
+        known = row.request.token_ids
+        if row.count == 1:
+            ids.append(known[row.start] if row.known else 0)
+        else:
+            ids += known[row.start : row.end]
+            if not row.known:
+                ids.append(0)
+    return np.array(ids + [0] * missing, np.int64)
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """int32 [rows, longest table], padded with the null block."""
+    padded = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
+
+
+def _fresh_from(rows: Sequence[Scheduled], num_decode: int) -> int:
+    """The first of the last rows, those behind the decode rows that begin with this step."""
+    fresh = len(rows)
+    while fresh > num_decode and rows[fresh - 1].start == 0:
+        fresh -= 1
+    return fresh
 
 
 def _logits_indices(rows: Sequence[Scheduled], ends: Sequence[int]) -> list[int]:

@@ -21,11 +21,13 @@ class PagedKVCache:
 
     Attributes:
         keys, values: for each layer a tensor in the backend's layout, in the model's dtype on its device.
+        key: another object whenever the tensors are others.
     """
 
     def __init__(self, spec: CacheSpec, backend: AttentionBackend, num_blocks: Sequence[int], block_size: int) -> None:
         self.spec = spec
         self.block_size = block_size
+        self.key = object()
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self._backend = backend
@@ -45,6 +47,7 @@ class PagedKVCache:
 
     def grow(self, num_blocks: Sequence[int]) -> None:
         """Have `num_blocks` blocks in each group from now on. Goes layer by layer, so that little is held twice."""
+        self.key = object()
         for index, (layer, group) in enumerate(zip(self.spec.layers, self._groups, strict=True)):
             sizes = (layer.head_dim, layer.value_head_dim)
             for tensors, size, dim in zip((self.keys, self.values), sizes, self._dims[index], strict=True):

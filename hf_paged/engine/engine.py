@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 
@@ -11,14 +11,20 @@ import torch
 from hf_paged.config import PagedConfig
 from hf_paged.engine import admission
 from hf_paged.engine import batch as batches
+from hf_paged.engine.chooser import Chooser
+from hf_paged.engine.flight import Flight
 from hf_paged.engine.logprobs import add_output_logprobs, add_prompt_logprobs, trim_logprobs
 from hf_paged.engine.pool import Pool
 from hf_paged.engine.runner import Runner
 from hf_paged.engine.sampler import BatchSampler
 from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
-from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver, TokenSampler
-from hf_paged.types import Batch, CacheStats, FinishReason, Reject, Request, Sampled, StepStats
+from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver
+from hf_paged.types import CacheStats, FinishReason, Reject, Request, Sampled, Step, StepStats
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_STEP = 64  # tokens; a step that is smaller is not halved when the memory runs out
 
 
 class Engine:
@@ -35,6 +41,7 @@ class Engine:
         admit: asked before a request is taken; None or a Reject.
         finished: told of each request that finished, after its blocks were freed.
         seed: of the draws of requests without a seed of their own.
+        run_ahead: whether a step is launched before the one before it has landed; None: on everything but a CPU.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class Engine:
         admit: Callable[[Request], Reject | None] | None = None,
         finished: Callable[[Request], None] | None = None,
         seed: int | None = None,
+        run_ahead: bool | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -61,17 +69,22 @@ class Engine:
             max_num_batched_tokens=self.pool.chunk,
             max_model_len=self.max_model_len,
         )
-        self._runner = Runner(model, backend)
-        self._sampler = BatchSampler(seed)
-        self._processors = tuple(processors)
+        # A CPU computes a step while it is launched: there is nothing to run ahead of.
+        self._runs_ahead = model.spec.device.type != "cpu" if run_ahead is None else run_ahead
+        self._builder = batches.BatchBuilder(config.block_size, len(self.pool.tables.pools), model.spec.device)
+        self._longest = min(self.pool.longest, self.max_model_len or self.pool.longest)
+        self._runner = Runner(model, backend, config, -(-self._longest // config.block_size))
+        sampler = BatchSampler(seed, getattr(backend, "kernels", None))
+        self._chooser = Chooser(sampler, processors, ahead=self._runs_ahead)
+        self._flight: Flight | None = None  # the step that is launched, and hasn't landed
         self._observers = list(observers)
         self._admit = admit
         self._told_finished = finished
-        self._longest = min(self.pool.longest, self.max_model_len or self.pool.longest)
         self._requests: dict[str, Request] = {}
         # Requests whose last token is kept but not yet acted on: their length before it, and whether it ends them.
         self._unsettled: dict[Request, tuple[int, bool]] = {}
         self._fingerprint: Hashable = None
+        self._addresses: Hashable = None
         self._closed = False
 
     # ---------------------------------------------------------------------------------------------------- add and abort
@@ -98,6 +111,9 @@ class Engine:
             raise RequestRejectedError(rejection.reason, rejection.retry_after)
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]  # nothing comes before the first token
+        most = len(request.prompt_token_ids) + (request.params.max_tokens or self._longest)
+        request.limit = min(most, self._longest)
+        request.runs_ahead = self._chooser.runs_ahead(request)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
 
@@ -119,31 +135,74 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return self._flight is not None or self.scheduler.has_work
 
     def step(self) -> list[Request]:
-        """Compute one batch. Returns the requests that it brought forward; an empty list: there was nothing to do.
+        """Land one batch. Returns the requests that it brought forward; an empty list: there was nothing to do.
+
+        On a GPU the batch after it is launched first, with tokens that the host doesn't know yet, so that the device
+        doesn't wait for the host. A request's end is found one step late there, and what it computed too much is dropped.
 
         A forward that raises is tried again with fewer requests, down to the one at fault, which alone is failed.
         """
+        flight = self._flight or self._launch(None)
+        if flight is None:
+            return []
+        self._flight = flight
+        following = self._launch(flight) if self._runs_ahead and not self.scheduler.serves_apart else None
+        if self._flight is flight:  # else it has landed already, for the launch failed, and the books are begun anew
+            self._land(flight)
+        if self._flight is flight:
+            self._flight = following
+        return [row.request for row in flight.step.rows]
+
+    def _launch(self, ahead: Flight | None) -> Flight | None:
+        """Schedule the next step and launch it; `ahead` is the one that is still under way. None: nothing was launched."""
         began = time.monotonic()
         self.pool.provide([*self.scheduler.running, *self.scheduler.waiting][: 2 * self.config.max_num_seqs])
         step = self.scheduler.schedule()
         if not step.rows:
-            self._give_up()
-            return []
+            if ahead is None:
+                self._give_up()
+            return None
         try:
-            batch = batches.build(step, self.config.block_size, len(self.pool.tables.pools), self.model.spec.device)
-            logits = self._runner.forward(step, batch, self.pool.cache)
+            flight = self._forward(step, ahead, began)
         except Exception as error:
-            self._isolate([row.request for row in step.rows], error)
-            return []
-        self.scheduler.commit(step)
+            if ahead is not None:
+                self._land(ahead)
+            self._isolate(step, error)
+            return None
+        self.scheduler.launched(step)
+        flight.queues = len(self.scheduler.running), len(self.scheduler.waiting)
         for row in step.rows:
             row.request.metrics.first_scheduled_time = row.request.metrics.first_scheduled_time or began
-        self._sample(batch, logits)
-        self._observe(batch, len(step.preempted), began)
-        return [row.request for row in batch.rows]
+        return flight
+
+    def _forward(self, step: Step, ahead: Flight | None, began: float) -> Flight:
+        chosen = ahead.chosen.on_device if ahead is not None and ahead.chosen is not None else None
+        batch = self._builder.build(
+            step, padded_rows=self._runner.padded_rows(step), chosen=chosen, places=ahead.places if ahead else None
+        )
+        flight = Flight(step, began)
+        self._chooser.launch(flight, self._runner.forward(step, batch, self.pool.cache))
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        """Wait for a step's tokens, and act on them."""
+        try:
+            tokens = flight.chosen.wait() if flight.chosen is not None else []
+        except Exception as error:
+            self._isolate(flight.step, error)
+            return
+        for row in flight.step.rows:
+            row.request.num_ahead = max(0, row.request.num_ahead - row.samples)
+        self.scheduler.commit(flight.step)
+        known = {request: tokens[place] for request, place in flight.places.items() if not request.finished}
+        self._append_all([(request, token, False) for request, token in known.items()])
+        self._add_prompt_logprobs(flight)
+        for requests, logits, choice in self._chooser.land(flight):
+            self._apply(requests, logits, choice)
+        self._observe(flight)
 
     def recover(self) -> None:
         """A step was broken off, anywhere: its books are begun anew, and the running requests computed again.
@@ -151,6 +210,7 @@ class Engine:
         What survives is which requests there are, and their tokens. One that was about to finish, or had a token that
         was not acted on, goes on from there. Broken off itself, it can be called again.
         """
+        self._flight = None
         self.scheduler.restart(self._requests.values())
         for request in list(self._requests.values()):
             trim_logprobs(request)
@@ -170,6 +230,10 @@ class Engine:
         if fingerprint != self._fingerprint:
             self.forget()
             self._fingerprint = fingerprint
+        addresses = self.model.addresses()
+        if addresses != self._addresses:
+            self._runner.forget_graphs()
+            self._addresses = addresses
 
     def forget(self) -> None:
         """Void the prefix cache."""
@@ -178,14 +242,24 @@ class Engine:
     def release_memory(self) -> None:
         """Give the KV pool's memory back, unless there are requests. It is made anew when one comes."""
         if not self._requests:
-            self.pool.release()
+            self._release()
 
     def close(self) -> None:
         """Abort what runs and give the memory back. Using the engine afterwards raises EngineClosedError."""
         for request in list(self._requests.values()):
             self.abort(request)
-        self.pool.release()
+        self._release()
         self._closed = True
+
+    def warm_up(self) -> None:
+        """Make the KV pool and capture every CUDA graph now, instead of when they are first of use."""
+        self.pool.provide([])
+        self._runner.warm_up(self.pool.cache)
+
+    def _release(self) -> None:
+        self._flight = None
+        self._runner.forget_graphs()
+        self.pool.release()
 
     @property
     def stats(self) -> CacheStats:
@@ -194,59 +268,65 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
-    def _isolate(self, requests: Sequence[Request], error: Exception) -> None:
-        """The forward over these requests raised: fail the one that is alone, else try them again in two halves."""
+    def _isolate(self, step: Step, error: Exception) -> None:
+        """The forward of this step raised: fail the request that is alone, else try them again in two halves.
+
+        Where the memory ran out, steps are smaller from now on.
+        """
+        requests = [row.request for row in step.rows if not row.request.finished]
         self.recover()
-        if len(requests) == 1:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) and self._shrink(step):
+            logger.warning("out of memory in a step of %d tokens; steps have %d at most from now on: %s",
+                           step.num_tokens, self.scheduler.max_num_batched_tokens, error)  # fmt: skip
+        elif len(requests) == 1:
             self._finish(requests[0], "error", error=error)
         else:
             middle = len(requests) // 2
             self.scheduler.serve_apart(requests[:middle], requests[middle:])
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> None:
-        """Choose tokens, each sampler for its own requests in one go. One that raises fails its requests alone."""
-        groups: dict[TokenSampler, list[tuple[Request, int]]] = {}
+    def _shrink(self, step: Step) -> bool:
+        """Have steps of half as many tokens, if these weren't few already."""
+        half = step.num_tokens // 2
+        if half < SMALLEST_STEP:
+            return False
+        self._runner.forget_graphs()
+        self.scheduler.max_num_batched_tokens = half
+        self.scheduler.max_num_seqs = min(self.scheduler.max_num_seqs, half)
+        if self.model.spec.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def _add_prompt_logprobs(self, flight: Flight) -> None:
         index = 0
-        for row in batch.rows:
+        for row in flight.step.rows if flight.logits is not None else ():
             if batches.wants_prompt_logprobs(row):
-                add_prompt_logprobs(row, logits[index : index + row.count])
+                assert flight.logits is not None
+                add_prompt_logprobs(row, flight.logits[index : index + row.count])
                 index += row.count - row.samples
-            if row.samples:
-                groups.setdefault(row.request.sampler or self._sampler, []).append((row.request, index))
-                index += 1
-        for sampler, members in groups.items():
-            members = [member for member in members if not member[0].finished]  # what a callback has aborted by now
-            requests, rows = [request for request, _ in members], [row for _, row in members]
-            chosen = logits if len(rows) == len(logits) else logits[rows]
-            try:
-                sampled = sampler.sample(requests, self._processed(requests, chosen))
-                if len(sampled.token_ids) != len(requests):
-                    raise ValueError(f"{sampler!r} gave {len(sampled.token_ids)} tokens for {len(requests)} requests")
-            except Exception as error:
-                for request in requests:
-                    self._finish(request, "error", error=error)
-            else:
-                self._apply(requests, chosen, sampled)
+            index += row.samples
 
-    def _processed(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        if self._processors:
-            logits = logits.float().clone()  # log-probabilities are those of the raw ones
-        for processor in self._processors:
-            logits = processor.process(requests, logits)
-        return logits
-
-    def _apply(self, requests: Sequence[Request], logits: torch.Tensor, sampled: Sampled) -> None:
-        """Keep every token, then act on them: what breaks off in a callback must not cost the others their tokens."""
-        stopped = sampled.stopped or [False] * len(requests)
-        for request, row, token, stop in zip(requests, logits, sampled.token_ids, stopped, strict=True):
+    def _apply(self, requests: Sequence[Request], logits: torch.Tensor, choice: Sampled | Exception) -> None:
+        """Keep the tokens that a sampler chose, with their log-probabilities, or hold or fail the requests."""
+        if isinstance(choice, Exception):
+            for request in requests:
+                self._finish(request, "error", error=choice)
+            return
+        given: list[tuple[Request, int, bool]] = []
+        stopped = choice.stopped or [False] * len(requests)
+        for request, row, token, stop in zip(requests, logits, choice.token_ids, stopped, strict=True):
             if token is None:
                 request.held = True
             else:
                 add_output_logprobs(request, row, token)
-                self._append(request, token, stop)
-        for request, token in zip(requests, sampled.token_ids, strict=True):
-            if token is not None:
-                self._settle(request)
+                given.append((request, token, stop))
+        self._append_all(given)
+
+    def _append_all(self, given: Sequence[tuple[Request, int, bool]]) -> None:
+        """Keep every token, then act on them: what breaks off in a callback must not cost the others their tokens."""
+        for request, token, stop in given:
+            self._append(request, token, stop)
+        for request, _, _ in given:
+            self._settle(request)
 
     def _append(self, request: Request, token: int, stop: bool) -> None:
         self._unsettled[request] = (len(request.token_ids), stop)
@@ -293,7 +373,7 @@ class Engine:
             if found is not None:
                 return "stop", found
         # A sampler that stops at the length too means that.
-        if len(request.token_ids) >= self._longest or request.num_output >= (params.max_tokens or math.inf):
+        if len(request.token_ids) >= request.limit:
             return "length", None
         return ("stop", None) if stop else (None, None)
 
@@ -308,7 +388,7 @@ class Engine:
         if not self.carries(request):
             return
         request.finish_reason, request.stop_reason, request.error = reason, stop_reason, error
-        request.held = False
+        request.held, request.num_ahead = False, 0
         request.metrics.finished_time = time.monotonic()
         self.scheduler.remove(request)
         del self._requests[request.request_id]
@@ -320,21 +400,22 @@ class Engine:
         if self._told_finished is not None:
             self._told_finished(request)
 
-    def _observe(self, batch: Batch, preempted: int, began: float) -> None:
+    def _observe(self, flight: Flight) -> None:
         if not self._observers:
             return
-        decode = sum(row.count == 1 and row.start >= len(row.request.prompt_token_ids) for row in batch.rows)
+        step = flight.step
+        decode = sum(row.count == 1 and row.start >= len(row.request.prompt_token_ids) for row in step.rows)
         tables = self.pool.tables
         stats = StepStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_prefill_tokens=len(batch.input_ids) - decode,
+            num_running=flight.queues[0],
+            num_waiting=flight.queues[1],
+            num_prefill_tokens=step.num_tokens - decode,
             num_decode_tokens=decode,
-            num_preempted=preempted,
+            num_preempted=len(step.preempted),
             kv_usage=tables.usage,
             prefix_queries=tables.prefix_queries,
             prefix_hits=tables.prefix_hits,
-            duration=time.monotonic() - began,
+            duration=time.monotonic() - flight.began,
         )
         for observer in self._observers:
             observer(stats)

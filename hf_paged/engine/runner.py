@@ -1,24 +1,60 @@
-"""The runner: one forward of the model over a batch."""
+"""The runner: one forward of the model over a batch, eagerly or by replaying a captured CUDA graph."""
 
 from __future__ import annotations
 
 import torch
 
+from hf_paged.config import PagedConfig
+from hf_paged.engine.batch import wants_prompt_logprobs
 from hf_paged.engine.cache import PagedKVCache
+from hf_paged.engine.graphs import DecodeGraphs
 from hf_paged.protocols import AttentionBackend, PagedModel
 from hf_paged.types import Batch, Step
 
+WIDEST_TABLE = 65_536  # blocks; graphs keep a table of this width for each row
+
 
 class Runner:
-    """Runs batches eagerly. CUDA-graph capture and replay will live here."""
+    """Runs batches.
 
-    def __init__(self, model: PagedModel, backend: AttentionBackend) -> None:
+    Args:
+        model: maps batches to logits.
+        backend: attention over the cache.
+        config: whether graphs are captured, and for how many rows at most.
+        width: most blocks of a block table.
+    """
+
+    def __init__(self, model: PagedModel, backend: AttentionBackend, config: PagedConfig, width: int) -> None:
         self._model = model
         self._backend = backend
+        captures = model.spec.device.type == "cuda" and getattr(backend, "captures", False) and width <= WIDEST_TABLE
+        self._graphs = DecodeGraphs(model, backend, config, width) if captures and not config.enforce_eager else None
+
+    def padded_rows(self, step: Step) -> int | None:
+        """How many rows the batch of a step shall have, for a graph to serve it; None: as many as the step has."""
+        decode = all(row.count == 1 and row.samples and not wants_prompt_logprobs(row) for row in step.rows)
+        return self._graphs.size_for(step) if decode and self._graphs is not None else None
 
     def forward(self, step: Step, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
-        """Logits [S, vocabulary] of the tokens `batch.logits_indices`; keys and values are in the cache after it."""
+        """Logits [S, vocabulary] of the tokens `batch.logits_indices`; keys and values are in the cache after it.
+
+        They may be overwritten by the next forward.
+        """
         # Not inference mode: what the model keeps of its own (rotary tables that grow) must stay usable in training.
         with torch.no_grad():
             cache.copy_blocks(step.copies)
+            if batch.padded:
+                assert self._graphs is not None
+                return self._graphs.forward(batch, cache)
             return self._model.forward(batch, self._backend.plan(batch, cache))
+
+    def warm_up(self, cache: PagedKVCache) -> None:
+        """Capture every graph now, instead of when it is first of use."""
+        if self._graphs is not None:
+            with torch.no_grad():
+                self._graphs.capture_all(cache)
+
+    def forget_graphs(self) -> None:
+        """Drop what was captured: the model's tensors have moved, or the cache's memory is given back."""
+        if self._graphs is not None:
+            self._graphs.drop()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from hf_paged.engine.staging import Staging
 from hf_paged.params import SamplingParams
+from hf_paged.protocols import SamplingKernels
 from hf_paged.types import Request, Sampled
 
 
@@ -15,38 +19,88 @@ class BatchSampler:
     """Serves requests with any mix of parameters in one pass.
 
     A request with a seed draws from noise keyed by (seed, output position), so that its tokens don't depend on the
-    batch it lands in; the others share one generator.
+    batch it lands in. With kernels the others have such a seed too, given by the sampler; without they share a
+    generator.
 
     Args:
-        seed: of the generator for requests without a seed of their own; None: from the operating system.
+        seed: of the draws of requests without a seed of their own; None: from the operating system.
+        kernels: what chooses on the device; None: torch.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, kernels: SamplingKernels | None = None) -> None:
         self._seed = seed
+        self._kernels = kernels
+        self._salt = secrets.token_bytes(8) if seed is None else str(seed).encode()
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._staging: dict[torch.device, Staging] = {}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
         """See `TokenSampler.sample`."""
+        return Sampled(self.launch(requests, logits).tolist())
+
+    def launch(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+        """The tokens of the requests, int64 [rows], on the device: nothing is waited for.
+
+        Args:
+            logits: [rows, vocabulary]; left as they are.
+        """
         if all(_is_plain(request) for request in requests):
-            return Sampled(logits.argmax(-1).tolist())
+            return self._argmax(logits)
         logits = logits.float().clone()
         for row, request in zip(logits, requests, strict=True):
             _constrain(row, request)
         _penalize(logits, requests)
+        if all(request.params.greedy for request in requests):
+            return self._argmax(logits)
+        return self._draw_on_device(requests, logits) if self._kernels else self._draw(requests, logits)
+
+    def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._kernels.argmax(logits) if self._kernels else logits.argmax(-1)
+
+    def _draw(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         tokens = logits.argmax(-1)
         drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
-        if drawn:
-            chosen = [requests[i] for i in drawn]
-            probabilities = filtered(logits[drawn], [r.params for r in chosen]).softmax(-1)
-            # argmax(p / e) with e ~ Exp(1) draws from p, and needs no host value (the exponential race).
-            tokens[drawn] = (probabilities / self._noise(chosen, probabilities)).argmax(-1)
-        return Sampled(tokens.tolist())
+        chosen = [requests[i] for i in drawn]
+        probabilities = filtered(logits[drawn], [r.params for r in chosen]).softmax(-1)
+        # argmax(p / e) with e ~ Exp(1) draws from p, and needs no host value (the exponential race).
+        tokens[drawn] = (probabilities / self._noise(chosen, probabilities)).argmax(-1)
+        return tokens
+
+    def _draw_on_device(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+        assert self._kernels is not None
+        params = [request.params for request in requests]
+        staging = self._staging.setdefault(logits.device, Staging(logits.device))
+        temperature, top_p, min_p, top_k, seeds, positions = staging.send([
+            np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
+            np.array([p.top_p for p in params], np.float32),
+            np.array([p.min_p for p in params], np.float32),
+            np.array([max(p.top_k, 0) for p in params], np.int32),
+            np.array([self._seed_of(request) for request in requests], np.int64),
+            np.array([_position(request) for request in requests], np.int64),
+        ])  # fmt: skip
+        drawn = [p for p in params if not p.greedy]
+        return self._kernels.sample(
+            logits,
+            temperature=temperature,
+            seeds=seeds,
+            positions=positions,
+            top_k=top_k if any(p.top_k > 0 for p in drawn) else None,
+            top_p=top_p if any(p.top_p < 1 for p in drawn) else None,
+            min_p=min_p if any(p.min_p > 0 for p in drawn) else None,
+        )
+
+    def _seed_of(self, request: Request) -> int:
+        seed = request.params.seed
+        if seed is None:
+            key = self._salt + request.order.to_bytes(8, "little", signed=True)
+            return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+        return seed & (2**63 - 1)
 
     def _noise(self, requests: Sequence[Request], like: torch.Tensor) -> torch.Tensor:
         noise = torch.empty_like(like).exponential_(generator=self._generator(like.device))
         for row, request in zip(noise, requests, strict=True):
             if request.params.seed is not None:
-                row.exponential_(generator=_keyed(request.params.seed, request.num_output, like.device))
+                row.exponential_(generator=_keyed(request.params.seed, _position(request), like.device))
         return noise
 
     def _generator(self, device: torch.device) -> torch.Generator:
@@ -55,6 +109,17 @@ class BatchSampler:
             generator.seed() if self._seed is None else generator.manual_seed(self._seed)
             self._generators[device] = generator
         return self._generators[device]
+
+
+def needs_history(request: Request) -> bool:
+    """Whether choosing its next token takes the tokens before it: it waits until the host knows them."""
+    p = request.params
+    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or request.banned)
+
+
+def _position(request: Request) -> int:
+    """Which output token is chosen, counted from 0."""
+    return request.num_tokens - len(request.prompt_token_ids)
 
 
 def filtered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -93,8 +158,8 @@ def filtered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
 def _is_plain(request: Request) -> bool:
     """Greedy, with nothing that changes a logit."""
     p = request.params
-    changed = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or p.logit_bias
-    return p.greedy and not (changed or p.allowed_token_ids or request.banned or request.num_output < p.min_tokens)
+    changed = p.logit_bias or p.allowed_token_ids or needs_history(request) or _position(request) < p.min_tokens
+    return p.greedy and not changed
 
 
 def _constrain(row: torch.Tensor, request: Request) -> None:
@@ -107,7 +172,7 @@ def _constrain(row: torch.Tensor, request: Request) -> None:
         allowed = torch.tensor(list(params.allowed_token_ids), device=row.device)
         kept = row[allowed]
         row.fill_(-torch.inf)[allowed] = kept
-    if request.num_output < params.min_tokens:
+    if _position(request) < params.min_tokens:
         ends = {*request.eos_token_ids, *(params.stop_token_ids or ())}
         row[[token for token in ends if 0 <= token < len(row)]] = -torch.inf  # configs name ids that models don't have
     for *before, last in request.banned:

@@ -74,7 +74,7 @@ class FCFSScheduler:
         self.tables.reset([pool.num_blocks for pool in self.tables.pools])
         self.running, self.waiting = [], sorted(requests, key=self.key)
         for request in self.waiting:
-            request.status, request.num_computed, request.tables = Status.WAITING, 0, []
+            request.status, request.num_ahead, request.num_computed, request.tables = Status.WAITING, 0, 0, []
 
     # --------------------------------------------------------------------------------------------------------- schedule
 
@@ -92,13 +92,28 @@ class FCFSScheduler:
         step.copies = self.tables.take_copies()
         return step
 
-    def commit(self, step: Step) -> None:
-        """The step's forward is done: its tokens are in the cache."""
+    def launched(self, step: Step) -> None:
+        """The step's forward is under way: what is launched after it finds its tokens in the cache."""
         for row in step.rows:
-            row.request.num_computed = row.end
-            self.tables.computed(row.request, row.start)
+            request = row.request
+            request.num_computed = row.end
+            if row.known:
+                self.tables.computed(request, row.start, row.end)
+            request.num_ahead += row.samples
+
+    def commit(self, step: Step) -> None:
+        """The step's forward is done, and the tokens that it began with are known."""
+        for row in step.rows:
+            if not row.known and row.request.status is Status.RUNNING:  # else it has lost its blocks since
+                self.tables.computed(row.request, row.start, row.end)
             for group in self._apart if row.samples else ():
                 group.discard(row.request)
+
+    @property
+    def serves_apart(self) -> bool:
+        """Whether only some requests are served for the time being; see `serve_apart`."""
+        self._drop_served()
+        return bool(self._apart)
 
     def serve_apart(self, *groups: Sequence[Request]) -> None:
         """Until each of these requests is up to date once, serve only those of one group at a time, these first."""
@@ -174,10 +189,15 @@ class FCFSScheduler:
 
     def _active(self, request: Request) -> bool:
         """Whether a running request may be served: it doesn't wait for its caller, and no others are served apart."""
-        return not request.held and (not self._apart or request in self._apart[0])
+        if request.held or (self._apart and request not in self._apart[0]):
+            return False
+        # Of the token that only the device knows, it is known whether it is the last by length.
+        return not request.num_ahead or (request.runs_ahead and request.num_tokens < request.limit)
 
     def _ready(self, request: Request) -> bool:
         """Whether a waiting request may be admitted: it doesn't wait for its caller, nor for its parent's prompt."""
+        if request.num_ahead:  # it lost its blocks after a step was launched that is still under way
+            return False
         parent = request.parent
         if parent is None or parent.status is Status.FINISHED or parent.order < 0 or self._apart:
             return self._active(request)

@@ -123,9 +123,9 @@ class BlockTables:
                 table.append(pool.take(after=self._preferred(request, group, index)))
         return True
 
-    def computed(self, request: Request, start: int) -> None:
-        """The request's tokens `start` to `num_computed` are in the cache now: let the blocks they filled be found."""
-        first, full = start // self.block_size, request.num_computed // self.block_size
+    def computed(self, request: Request, start: int, end: int) -> None:
+        """The request's tokens `start` to `end` are in the cache now: let the blocks they filled be found."""
+        first, full = start // self.block_size, end // self.block_size
         if first == full or not self._prefix_caching or not self._shares(request):
             return
         if self._epochs[request] != self._epoch:

@@ -62,6 +62,10 @@ class FlatModel:
         """See `PagedModel.fingerprint`."""
         return self._weights.fingerprint()
 
+    def addresses(self) -> Hashable:
+        """See `PagedModel.addresses`."""
+        return self._weights.addresses()
+
 
 def flat_forward(
     model: PreTrainedModel,

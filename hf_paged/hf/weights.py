@@ -33,6 +33,10 @@ class WeightWatch:
         counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors if t.device.type != "meta"))
         return counters, _sampled(tensors), tuple(_adapters(self._model)), tuple(_hooks(self._model.modules()))
 
+    def addresses(self) -> Hashable:
+        """A value that is another one after a parameter or buffer was put elsewhere."""
+        return hash(tuple(t.data_ptr() for t in (*self._model.parameters(), *self._model.buffers()) if not t.is_meta))
+
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors have no counter

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from engine import fake
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -9,3 +10,9 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[False, True], ids=["in-turn", "ahead"])
+def both_paces(request, monkeypatch):
+    """Steps in turn, as on a CPU, and launched ahead, as on a GPU."""
+    monkeypatch.setattr(fake, "RUN_AHEAD", request.param)

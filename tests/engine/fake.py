@@ -25,6 +25,9 @@ FULL = (None, None)
 WINDOW = (5,)
 BOTH = (None, 6, None, 9)
 
+# Whether engines launch a step before the one before it has landed, as they do on a GPU; see conftest.
+RUN_AHEAD = False
+
 _ids = itertools.count()
 
 
@@ -106,6 +109,9 @@ class FakeModel:
     def fingerprint(self):
         return self.salt
 
+    def addresses(self):
+        return 0
+
     def forward(self, batch, plan):
         if self.before is not None:
             self.before(batch)
@@ -149,7 +155,7 @@ def expected(prompt, count, windows=FULL, *, eos=(), salt=0):
 def make_engine(windows=FULL, *, prefer_runs=False, max_positions=None, engine=None, **config):
     """An engine over a fake model; `engine` holds further arguments of Engine."""
     config = PagedConfig(**{"block_size": 4, "num_blocks": 64, "max_num_batched_tokens": 16, **config})
-    return Engine(FakeModel(windows, max_positions), FakeBackend(prefer_runs), config, **(engine or {}))
+    return Engine(FakeModel(windows, max_positions), FakeBackend(prefer_runs), config, **{"run_ahead": RUN_AHEAD, **(engine or {})})
 
 
 def make_request(prompt, max_tokens=8, *, params=None, name=None, **fields):

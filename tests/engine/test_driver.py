@@ -16,6 +16,8 @@ from hf_paged.engine.driver import Driver
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, UnsupportedCallError
 from hf_paged.types import Sampled
 
+pytestmark = pytest.mark.usefixtures("both_paces")
+
 HANGS = 120  # seconds after which a test is taken to hang; every thread's stack is printed then
 
 

@@ -12,6 +12,8 @@ from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbort
 from hf_paged.params import SamplingParams
 from hf_paged.types import Reject, Sampled
 
+pytestmark = pytest.mark.usefixtures("both_paces")
+
 ALL = pytest.mark.parametrize("windows", [FULL, WINDOW, BOTH], ids=["full", "window", "both"])
 RUNS = pytest.mark.parametrize("prefer_runs", [False, True], ids=["any", "runs"])
 

@@ -44,7 +44,10 @@ class World:
             max_num_batched_tokens=self.budget,
             max_num_seqs=pick.choice([2, 5, 16]),
             enable_prefix_caching=pick.random() < 0.8,
-            engine={"scheduler": pick.choice([FCFSScheduler, PriorityScheduler])},
+            engine={
+                "scheduler": pick.choice([FCFSScheduler, PriorityScheduler]),
+                "run_ahead": pick.random() < 0.5,
+            },
         )
         self.engine.model.poison = POISON
         self.engine.model.before = self.before_forward
@@ -113,6 +116,8 @@ class World:
         try:
             work(*arguments)
         except KeyboardInterrupt:
+            # It may have come before the engine acted on a failing forward: that one is tried again then.
+            self.excused = {request for request in self.excused if request.finished}
             self.mended(self.engine.recover)
 
     def forget(self):

@@ -24,9 +24,11 @@ def add(scheduler, *lengths, **fields):
 def step(scheduler):
     """One step whose forward gives every row that samples the token 0. The shares: (request, start, count)."""
     made = scheduler.schedule()
+    scheduler.launched(made)
     scheduler.commit(made)
     for row in made.rows:
-        if row.request.num_pending == 0:
+        if row.samples:
+            row.request.num_ahead -= 1
             row.request.token_ids.append(0)
     scheduler.check()
     return [(row.request, row.start, row.count) for row in made.rows]
@@ -89,7 +91,10 @@ def test_out_of_blocks_the_last_in_the_order_goes():
     made = scheduler.schedule()
     assert [row.request for row in made.rows] == [a]
     assert made.preempted == [b]
+    scheduler.launched(made)
     scheduler.commit(made)
+    a.num_ahead -= 1
+    a.token_ids.append(0)
     assert (b.num_computed, b.tables, b.metrics.num_preemptions) == (0, [], 1)
     assert scheduler.num_preemptions == 1
     scheduler.remove(a)

@@ -21,7 +21,7 @@ def compute(tables, request, count=None):
     end = len(request.token_ids) if count is None else min(count, len(request.token_ids))
     assert tables.extend(request, end)
     start, request.num_computed = request.num_computed, end
-    tables.computed(request, start)
+    tables.computed(request, start, request.num_computed)
     return request
 
 

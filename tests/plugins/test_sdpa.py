@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from hf_paged.engine import batch as batches
+from hf_paged.engine.batch import BatchBuilder
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.types import CacheSpec, LayerSpec, Request, Scheduled, Step
 from hf_paged_sdpa.attend import attend, merge
@@ -56,7 +56,7 @@ class Case:
             request = Request("r", list(range(start + count)))
             request.tables = [table]
             shares.append(Scheduled(request, start, count))
-        batch = batches.build(Step(shares), SIZE, 1, torch.device("cpu"))
+        batch = BatchBuilder(SIZE, 1, torch.device("cpu")).build(Step(shares))
         key = torch.cat([k[start:] for k, (start, _) in zip(self.keys, self.rows, strict=True)])
         value = torch.cat([v[start:] for v, (start, _) in zip(self.values, self.rows, strict=True)])
         plan = self.backend.plan(batch, self.cache)
@@ -228,7 +228,7 @@ def test_two_groups_of_layers_have_their_own_tables():
     cache = PagedKVCache(spec, backend, [4, 8], SIZE)
     request = Request("r", list(range(6)))
     request.tables = [[2, 1], [5, 7]]  # full attention's group comes first
-    batch = batches.build(Step([Scheduled(request, 0, 6)]), SIZE, 2, torch.device("cpu"))
+    batch = BatchBuilder(SIZE, 2, torch.device("cpu")).build(Step([Scheduled(request, 0, 6)]))
     query, key, value = torch.randn(6, 2, 4), torch.randn(6, 1, 4), torch.randn(6, 1, 4)
     plan = backend.plan(batch, cache)
     at = torch.arange(6)

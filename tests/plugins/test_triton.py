@@ -17,7 +17,7 @@ import hf_paged
 import hf_paged_triton
 import zoo
 from hf_paged import PagedConfig, plugins
-from hf_paged.engine import batch as batches
+from hf_paged.engine.batch import BatchBuilder
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.engine import Engine
 from hf_paged.errors import PluginError
@@ -82,7 +82,7 @@ def run(backend, layer, rows, *, dtype, device, source=None, seed=0, **options):
     for shares in (before, now):
         if not shares:
             continue
-        batch = batches.build(Step([scheduled(*share) for share in shares]), SIZE, 1, device)
+        batch = BatchBuilder(SIZE, 1, device).build(Step([scheduled(*share) for share in shares]))
         tokens = sum(count for _, _, count in shares)
         inputs = [torch.randn(tokens, *size, generator=generator) for size in heads]
         inputs = [x.to(source or dtype).to(dtype).to(device) for x in inputs]
@@ -148,7 +148,7 @@ def test_layers_of_all_kinds_in_one_step():
     backends = (TritonBackend(), SDPABackend())
     caches = [PagedKVCache(spec, backend, [8, 8], SIZE) for backend in backends]
     for share in (Scheduled(request, 0, 33), Scheduled(request, 33, 1)):
-        batch = batches.build(Step([share]), SIZE, 2, DEVICE)
+        batch = BatchBuilder(SIZE, 2, DEVICE).build(Step([share]))
         plans = [backend.plan(batch, cache) for backend, cache in zip(backends, caches, strict=True)]
         for index in (4, 0, 2, 1, 3):
             layer = spec.layers[index]
@@ -162,7 +162,7 @@ def test_layers_of_all_kinds_in_one_step():
 def test_inputs_of_any_strides_and_dtypes():
     """Transposed views of [1, heads, T, dim], a last dimension that isn't contiguous, and what autocast mixes."""
     layer, spec = LayerSpec(4, 2, 16, 16), CacheSpec((LayerSpec(4, 2, 16, 16),), torch.float16, DEVICE)
-    batch = batches.build(Step([scheduled([1], 0, 1), scheduled([2], 0, 6)]), SIZE, 1, DEVICE)
+    batch = BatchBuilder(SIZE, 1, DEVICE).build(Step([scheduled([1], 0, 1), scheduled([2], 0, 6)]))
     query = torch.randn(4, 7, 16, device=DEVICE).transpose(0, 1)
     key = torch.randn(7, 16, 2, device=DEVICE).transpose(1, 2)
     value = torch.randn(7, 1, 16, device=DEVICE).half().expand(7, 2, 16)
