@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import await_previous, overlap
+
 
 @triton.jit
 def _quantize(x, inverse, FP8: tl.constexpr):
@@ -70,9 +72,10 @@ def _write_kernel(
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     ROTARY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, INTERLEAVED: tl.constexpr,
     Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
-    K_OUT: tl.constexpr, FP8: tl.constexpr,
+    K_OUT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads of one token: of q (rotated to q_out), else of k (rotated to the cache) and v (to the cache)."""
+    await_previous(PDL)
     block = tl.program_id(0) % BLOCKS
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     cos = cos_ptr
@@ -170,6 +173,7 @@ def write(
         BLOCK_T=triton.next_power_of_2(max(dim - rotary, 1)), INTERLEAVED=interleaved, Q_BLOCKS=q_blocks,
         K_BLOCKS=k_blocks,
         BLOCKS=q_blocks + 2 * k_blocks, BLOCK_H=block_h, K_OUT=key_out is not None and rotary > 0, FP8=fp8, num_warps=4,
+        **overlap(key.device),
     )  # fmt: skip
 
 

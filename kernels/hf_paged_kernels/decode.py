@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import await_previous, dot, overlap
 from .heuristics import DecodeConfig, DecodePlanShape
 
 PLAN_FIELDS = 8  # row, start, stop, first work item of the row, work items of the row, sequence length, 2 spare
@@ -112,9 +112,11 @@ def _decode_kernel(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_MG: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One work item of one KV head: the GROUP query heads that share it against keys start..stop of one row."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    await_previous(PDL)
     head = tl.program_id(0)
     entry = plan_ptr + tl.program_id(1) * 8
     row = tl.load(entry)
@@ -275,5 +277,5 @@ def decode(
         BLOCK_D=triton.next_power_of_2(max(dim, 16)), V_DIM=v_dim, BLOCK_V=block_v, PAGE=page, TILE=shape.tile,
         BLOCK_S=max(1, min(32, config.merge * 512 // (merge_group * block_v))),
         SOFTCAP=softcap > 0, SINKS=sinks is not None, ALIBI=alibi_slopes is not None, SCALED=scaled,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(query.device),
     )  # fmt: skip

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import await_previous, overlap
 from .heuristics import norm_config
 
 
@@ -13,7 +14,7 @@ def _norm_kernel(
     x_ptr, weight_ptr, residual_ptr, out_ptr, eps, rows, inner_rows,
     stride_xo, stride_xi, stride_ro, stride_ri, stride_oo, stride_oi,
     N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr,
-    GEMMA: tl.constexpr,
+    GEMMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows; row r lies at (r // inner_rows, r % inner_rows) of the two outer dimensions."""
     r = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -21,6 +22,9 @@ def _norm_kernel(
     inner = r % inner_rows
     c = tl.arange(0, BLOCK_N)
     ok = (r < rows)[:, None] & (c < N)[None, :]
+    if WEIGHT:
+        w = tl.load(weight_ptr + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+    await_previous(PDL)
     x_at = x_ptr + (outer * stride_xo + inner * stride_xi)[:, None] + c[None, :]
     x = tl.load(x_at, mask=ok, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -31,7 +35,6 @@ def _norm_kernel(
         x = total.to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 1) / N + eps)[:, None]
     if WEIGHT:
-        w = tl.load(weight_ptr + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
         if GEMMA:
             y = y * (1.0 + w)
         else:
@@ -59,4 +62,5 @@ def rms_norm(
         x, weight, residual, out, eps, rows, inner, x.stride(0), x.stride(1), r.stride(0), r.stride(1),
         out.stride(0), out.stride(1), N=n, BLOCK_N=triton.next_power_of_2(n), BLOCK_M=block_m,
         RESIDUAL=residual is not None, WEIGHT=weight is not None, GEMMA=gemma, num_warps=num_warps,
+        **overlap(x.device),
     )  # fmt: skip

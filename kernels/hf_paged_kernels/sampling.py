@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import await_previous, overlap
 from .heuristics import sampling_config
 
 GROUP = 64  # logits to a maximum
@@ -264,9 +265,10 @@ def _gumbel(seed, token, position):
 @triton.jit
 def _pick_kernel(
     logits_ptr, temperature_ptr, least_ptr, seeds_ptr, positions_ptr, best_ptr, index_ptr, V, stride_l, pieces,
-    RANDOM: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+    RANDOM: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best token of one piece of one row's vocabulary, the first of equals."""
+    await_previous(PDL)
     row = tl.program_id(0)
     piece = tl.program_id(1)
     row_ptr = logits_ptr + row.to(tl.int64) * stride_l
@@ -297,7 +299,8 @@ def _pick_kernel(
 
 
 @triton.jit
-def _choose_kernel(best_ptr, index_ptr, out_ptr, pieces, BLOCK: tl.constexpr):
+def _choose_kernel(best_ptr, index_ptr, out_ptr, pieces, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     best = tl.load(best_ptr + row * pieces + i, mask=i < pieces, other=float("-inf"))
@@ -315,8 +318,11 @@ def _best(logits, temperature, least, seeds, positions, out) -> None:
     _pick_kernel[(rows, pieces)](
         logits, temperature, least, seeds, positions, best, index, vocab, logits.stride(0), pieces,
         RANDOM=temperature is not None, BLOCK=block, PIECE=piece, num_warps=4,
+        **overlap(logits.device),
     )  # fmt: skip
-    _choose_kernel[(rows,)](best, index, out, pieces, BLOCK=triton.next_power_of_2(pieces), num_warps=1)
+    _choose_kernel[(rows,)](
+        best, index, out, pieces, BLOCK=triton.next_power_of_2(pieces), num_warps=1, **overlap(logits.device)
+    )
 
 
 def thresholds(
