@@ -13,6 +13,7 @@ from . import checks, ops, reference
 from .activation import KINDS
 from .decode import workspace_bytes
 from .heuristics import decode_plan_shape
+from .linear import serves
 
 
 def decode_workspace_bytes(rows: int, num_heads: int, k_cache: Tensor, v_cache: Tensor) -> int:
@@ -373,6 +374,68 @@ def gated_activation(
     else:
         ops.gated_activation(gate, up, out, kind)
     return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    gemma: bool = False,
+    residual: Tensor | None = None,
+    gate: str | None = None,
+    out: Tensor | None = None,
+    impl: str = "triton",
+) -> Tensor:
+    """A linear layer for few tokens, with what stands beside it in a decoder layer; returns `out` [tokens, n].
+
+    x [tokens, k], float16 or bfloat16, with any row stride; weight [n, k], as torch.nn.Linear holds it, with any row
+    stride; bias [n]. In this order: with norm_weight [k], x is first normed, as by `rms_norm` with this `eps` and
+    `gemma`; then out = x W^T + bias, in float32. With `gate` ("silu", "gelu" or "gelu_tanh"), weight is [2 n, k] and
+    bias [2 n]: the first half of the rows the gate projection's, the second the up projection's, and out = act(gate) *
+    up. Then `residual` [tokens, n] is added. All is rounded once, at the end. `out` may be `residual`, and must not
+    overlap x. A new `out` is contiguous.
+
+    Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. On Hopper the weights are read
+    before the kernel in front has ended, if that is one of this package: none of these may write weight or norm_weight
+    right before.
+    """
+    checks.tensor("x", x, 2, checks.HALVES, getattr(x, "device", None))
+    checks.implementation(impl, x.device)
+    n = checks.linear(x, weight, bias, norm_weight, eps, residual, gate, tuple(KINDS))
+    if out is None:
+        out = x.new_empty(x.shape[0], n)
+    checks.tensor("out", out, 2, (x.dtype,), x.device)
+    checks.shape("out", out, x.shape[0], n)
+    checks.dense_last("out", out)
+    if impl == "torch":
+        reference.linear(
+            x, weight, out, bias=bias, norm_weight=norm_weight, eps=eps, gemma=gemma, residual=residual, gate=gate
+        )
+    else:
+        ops.linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, out)
+    return out
+
+
+def linear_serves(
+    tokens: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    norm: bool = False,
+    gate: bool = False,
+) -> bool:
+    """Whether `linear` of so many tokens with a weight [n, k] is measured to beat cuBLAS and the kernels beside it.
+
+    `n` counts all rows of the weight, gate and up projection together; `norm` and `gate` say whether the call has them.
+    So far the answer is the same with and without: layers were measured whole, for kernels of this package that follow
+    each other overlap, and one from elsewhere between them costs more than it may win.
+    """
+    return serves(tokens, n, k, dtype, torch.device(device))
 
 
 def _check_logits(logits: Tensor, out: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 Times are medians of CUDA-graph replays; a graph holds several launches over different data, as a captured step holds
 its layers, so that neither launches nor the cache flatter or blur a kernel. Shares are of the larger of a device copy's
 and an elementwise kernel's bandwidth, bytes read plus written; decode attention counts keys and values alone. Beside
-attention stands torch's `scaled_dot_product_attention` on dense contiguous keys and values of the same lengths.
+attention stands torch's `scaled_dot_product_attention` on dense contiguous keys and values of the same lengths, beside
+linear layers cuBLAS with the norm and the activation as kernels of their own.
 """
 
 import argparse
@@ -249,17 +250,83 @@ def sampling(limit: dict, vocab: int = 128256) -> Iterator[dict]:
             yield result(f"sampling, {name}", f"{rows} x {vocab}", replay_us(run), moved=logits.nbytes, limit=limit)
 
 
+# Llama-3.1-8B's: (rows of weight, K, normed, gated, with residual)
+LAYER = {
+    "qkv": (6144, 4096, True, False, False),
+    "o": (4096, 4096, False, False, True),
+    "gate_up": (28672, 4096, True, True, False),
+    "down": (4096, 14336, False, False, True),
+}
+LM_HEAD = (128256, 4096, True, False, False)
+
+
+def fused(x, weight, out, norm, gated: bool, residual: bool) -> None:
+    """One call: the product with what stands beside it."""
+    gate = "silu" if gated else None
+    kernels.linear(x, weight, norm_weight=norm, eps=1e-5, gate=gate, residual=out if residual else None, out=out)
+
+
+def apart(x, weight, out, norm, gated: bool, residual: bool) -> None:
+    """The same by cuBLAS and the kernels that stand beside it in a decoder layer; the residual add is the norm's."""
+    if norm is not None:
+        x = kernels.rms_norm(x, norm, eps=1e-5, residual=torch.empty_like(x))
+    y = F.linear(x, weight)
+    if gated:
+        kernels.gated_activation(*y.chunk(2, -1), out=out)
+
+
+def linear(limit: dict, sets: int = 8, layers: int = 32) -> Iterator[dict]:
+    """Linear layers of a decode step, one by one and all in their order; bytes are those of the weights."""
+    norm = rand(4096)
+    weights = {name: [rand(n, k) * k**-0.5 for _ in range(sets)] for name, (n, k, *_) in LAYER.items()}
+    head = rand(*LM_HEAD[:2]) * 4096**-0.5
+    layer_bytes = sum(w[0].nbytes for w in weights.values())
+    for tokens in (1, 8, 16, 32, 64, 128):
+        x = {k: rand(tokens, k) for k in (4096, 14336)}
+        out = {n: rand(tokens, n // 2 if gated else n) for n, _, _, gated, _ in (*LAYER.values(), LM_HEAD)}
+
+        def call(how, shape, weight, x=x, out=out) -> None:
+            n, k, normed, gated, residual = shape
+            how(x[k], weight, out[n], norm if normed else None, gated, residual)
+
+        def layer(how, shape, many, call=call) -> None:
+            for weight in many:
+                call(how, shape, weight)
+
+        def whole(how, call=call) -> None:
+            for i in range(layers):
+                for name, shape in LAYER.items():
+                    call(how, shape, weights[name][i % sets])
+            call(how, LM_HEAD, head)
+
+        for name, shape in (*LAYER.items(), ("lm_head", LM_HEAD)):
+            many = weights.get(name, [head] * 4)
+            us, cublas = (replay_us(partial(layer, how, shape, many), len(many)) for how in (fused, apart))
+            case = f"{name}, {tokens} tokens"
+            yield result("linear", case, us, moved=many[0].nbytes, limit=limit, cublas_us=cublas)
+        us, cublas = (replay_us(partial(whole, how)) for how in (fused, apart))
+        moved = layers * layer_bytes + head.nbytes
+        yield result("linear, a whole step", f"{tokens} tokens", us, moved=moved, limit=limit, cublas_us=cublas)
+
+
 def line(row: dict) -> str:
     """One row of the table."""
     speed = f"{row['tflop_s']:7.0f} TFLOP/s" if "tflop_s" in row else f"{row['gb_s']:7.0f} GB/s   "
     dense = f"   sdpa {row['sdpa_us']:9.1f} us" if row.get("sdpa_us") else ""
+    dense += f"   cuBLAS and others {row['cublas_us']:9.1f} us" if row.get("cublas_us") else ""
     return f"{row['kernel']:30s} {row['case']:24s} {row['us']:9.1f} us {speed} {row['share'] * 100:6.1f} %{dense}"
+
+
+PARTS: dict[str, Callable[[dict], Iterator[dict]]] = {
+    "decode": decode, "prefill": prefill, "elementwise": elementwise, "sampling": sampling, "linear": linear,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs every benchmark, prints the table, and writes JSON where asked. `argv`: by default the command line's."""
     parser = argparse.ArgumentParser(prog="python -m hf_paged_kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures, with GPU and versions, to this file")
+    parser.add_argument("--only", choices=PARTS, help="one of the benchmarks alone")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("this needs a CUDA GPU")
@@ -267,8 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit = limits()
     print(f"limits: {limit['copy_gb_s']:.0f} GB/s, {limit['matmul_tflop_s']:.0f} TFLOP/s")
     rows = []
-    for part in (decode, prefill, elementwise, sampling):
-        for row in part(limit):
+    for name in [arguments.only] if arguments.only else PARTS:
+        for row in PARTS[name](limit):
             rows.append(row)
             print(line(row), flush=True)
     if arguments.json:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
 PAGES = (16, 32, 64)
 IMPLS = ("triton", "torch")
@@ -112,6 +113,38 @@ def scores(
     for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if x is not None:
             vector(name, x, num_heads, FLOATS, device)
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias, norm_weight, eps: float, residual, gate: str | None, kinds: tuple
+) -> int:
+    """Operands of a linear layer over x [tokens, k]; returns how many outputs a token has."""
+    tensor("x", x, 2, HALVES, x.device)
+    dense_last("x", x)
+    tensor("weight", weight, 2, (x.dtype,), x.device)
+    shape("weight", weight, None, x.shape[1])
+    dense_last("weight", weight)
+    rows, k = weight.shape
+    if not rows or not k:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must not be empty")
+    if gate is not None:
+        one_of("gate", gate, kinds)
+        if rows % 2:
+            raise ValueError(f"weight has {rows} rows; with a gate, gate and up projection must be half of them each")
+    if bias is not None:
+        vector("bias", bias, rows, FLOATS, x.device)
+    if norm_weight is not None:
+        vector("norm_weight", norm_weight, k, FLOATS, x.device)
+        if k > 32768:
+            raise ValueError(f"x has rows of {k} elements; with a norm, allowed are 1 to 32768")
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; it must not be negative")
+    n = rows if gate is None else rows // 2
+    if residual is not None:
+        tensor("residual", residual, 2, (x.dtype,), x.device)
+        shape("residual", residual, x.shape[0], n)
+        dense_last("residual", residual)
+    return n
 
 
 def tables(block_tables: torch.Tensor, seq_lens: torch.Tensor, rows: int, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import activation, cache, decode, norm, prefill, sampling
 from .heuristics import decode_config, decode_plan_shape, prefill_config
+from .linear import linear as run_linear
 
 try:
     from . import hopper
@@ -110,6 +111,15 @@ def rms_norm(
 def gated_activation(gate: Tensor, up: Tensor, out: Tensor, kind: str) -> None:
     """See `activation.gated_activation`."""
     activation.gated_activation(gate, up, out, kind)
+
+
+@_op("linear", "out")
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, eps: float, gemma: bool,
+    residual: Tensor | None, gate: str | None, out: Tensor,
+) -> None:  # fmt: skip
+    """See `linear.linear`."""
+    run_linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, out)
 
 
 @_op("argmax", "out")

@@ -164,15 +164,37 @@ def rms_norm(x, weight, out, *, residual=None, eps=1e-6, gemma=False):
     out.copy_(y)
 
 
+def activate(g, kind):
+    """The activation `kind` of g, in g's dtype."""
+    functional = torch.nn.functional
+    if kind == "silu":
+        return functional.silu(g)
+    return functional.gelu(g, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
 def gated_activation(gate, up, out, *, kind="silu"):
     """act(gate) rounded to out's dtype, times up."""
     g = _wide(gate)
-    functional = torch.nn.functional
-    if kind == "silu":
-        a = functional.silu(g)
-    else:
-        a = functional.gelu(g, approximate="tanh" if kind == "gelu_tanh" else "none")
-    out.copy_(a.to(out.dtype).to(g.dtype) * _wide(up))
+    out.copy_(activate(g, kind).to(out.dtype).to(g.dtype) * _wide(up))
+
+
+def linear(
+    x, weight, out, *, bias=None, norm_weight=None, eps=0.0, gemma=False, residual=None, gate=None
+):  # fmt: skip
+    """Gives x W^T + bias of x, or of its `rms_norm` (rounded to x's dtype); then act(gate) * up; then + residual."""
+    if norm_weight is not None:
+        normed = torch.empty_like(x)
+        rms_norm(x, norm_weight, normed, eps=eps, gemma=gemma)
+        x = normed
+    y = _wide(x) @ _wide(weight).T
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if gate is not None:
+        g, up = y.chunk(2, -1)
+        y = activate(g, gate) * up
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    out.copy_(y)
 
 
 def argmax(logits, out):

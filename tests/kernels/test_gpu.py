@@ -196,3 +196,164 @@ def test_sampling_at_full_vocabulary():
     # A mass within float32's error of top_p may move the threshold by a token; a draw of it would read as -inf here.
     assert (picked >= noisy.max(1).values - 1e-3).float().mean() > 0.95
     assert torch.equal(kernels.argmax(logits), logits.argmax(1))
+
+
+def linear_case(tokens, n, k, *, gate=None, norm=False, bias=False, residual=False, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(fresh_seed())
+
+    def rand(*shape, scale=1.0):
+        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
+
+    options = {"gate": gate}
+    if norm:
+        options |= {"norm_weight": rand(k), "eps": 1e-5}
+    if bias:
+        options["bias"] = rand(n if gate is None else 2 * n)
+    if residual:
+        options["residual"] = rand(tokens, n)
+    return rand(tokens, k), rand(n if gate is None else 2 * n, k, scale=k**-0.5), options
+
+
+def check_linear(kit, x, weight, options, out):
+    """Against float64 in torch, within what bfloat16's roundings of a normed x and of the result explain."""
+    assert not out.isnan().any()
+    x64 = x.double()
+    u = kit.roundoff[x.dtype]
+    if (w := options.get("norm_weight")) is not None:
+        x64 = x64 * torch.rsqrt(x64.pow(2).mean(-1, keepdim=True) + options["eps"]) * w.double()
+    y, size = x64 @ weight.double().T, x64.abs() @ weight.double().abs().T
+    off = size * (2.0**-23 * x.shape[1] + (0 if w is None else 2.02 * u))
+    if options.get("bias") is not None:
+        y = y + options["bias"].double()
+    if options["gate"] is not None:
+        (g, up), (g_off, up_off) = y.chunk(2, -1), off.chunk(2, -1)
+        y, a_off = torch.nn.functional.silu(g) * up, 1.2 * g_off + 2.0**-20 * g.abs()
+        off = a_off * (up.abs() + up_off) + torch.nn.functional.silu(g).abs() * up_off
+    if options.get("residual") is not None:
+        y = y + options["residual"].double()
+    worst = ((out.double() - y).abs() / (off * 1.01 + 1.01 * u * y.abs() + 1e-6)).max().item()
+    assert worst <= 1, f"{worst:.2f} times its error budget"
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 13, 16, 31, 64, 100])
+@pytest.mark.parametrize(
+    ("n", "k", "features"),
+    [
+        (6144, 4096, {"norm": True}),
+        (4096, 4096, {"residual": True}),
+        (14336, 4096, {"norm": True, "gate": "silu"}),
+        (4096, 14336, {"residual": True, "bias": True}),  # two programs share its K
+        (4100, 4104, {"bias": True, "residual": True, "norm": True}),  # tails everywhere
+        (1000, 200, {"gate": "silu", "bias": True, "residual": True}),
+        (72, 8, {}),
+        (513, 129, {"gate": "silu", "norm": True}),  # rows that the copy engine does not take: the portable kernel
+    ],
+)
+def test_linear(kit, n, k, features, tokens):
+    import hf_paged_kernels as kernels
+
+    dtype = torch.float16 if tokens == 7 else torch.bfloat16
+    x, weight, options = linear_case(tokens, n, k, dtype=dtype, **features)
+    out = kit.poisoned(tokens, n, dtype=dtype, device="cuda")
+    kernels.linear(x, weight, out=out, **options)
+    check_linear(kit, x, weight, options, out)
+    if options.get("residual") is not None:
+        kernels.linear(x, weight, **options | {"out": options["residual"]})
+        assert torch.equal(options["residual"], out)
+
+
+class Chain:
+    """Layers of a decode step, each kernel reading what the one before wrote; small, so that kernels are short."""
+
+    def __init__(self, rows, layers=6, hidden=512, heads=8, kv_heads=2, dim=64, vocab=4096):
+        def rand(*shape, scale=1.0):
+            return (torch.randn(*shape, device="cuda") * scale).bfloat16()
+
+        self.rows, self.heads, self.kv_heads, self.dim = rows, heads, kv_heads, dim
+        width = (heads + 2 * kv_heads) * dim
+        self.layers = [
+            {
+                "norms": [rand(hidden), rand(hidden)],
+                "qkv": rand(width, hidden, scale=hidden**-0.5),
+                "o": rand(hidden, heads * dim, scale=hidden**-0.5),
+                "gate_up": rand(4096, hidden, scale=hidden**-0.5),
+                "down": rand(hidden, 2048, scale=2048**-0.5),
+                "caches": (rand(rows * 8 + 1, 16, kv_heads, dim), rand(rows * 8 + 1, 16, kv_heads, dim)),
+            }
+            for _ in range(layers)
+        ]
+        self.head = rand(vocab, hidden, scale=hidden**-0.5)
+        self.tokens = rand(vocab, hidden)
+        self.ids = torch.randint(0, vocab, (rows,), device="cuda")
+        self.lens = torch.randint(1, 120, (rows,), dtype=torch.int32, device="cuda")
+        self.table = (torch.randperm(rows * 8, device="cuda") + 1).view(rows, 8).int()
+        self.cos, self.sin = torch.rand(rows, dim // 2, device="cuda"), torch.rand(rows, dim // 2, device="cuda")
+
+    def run(self, fuse, after=lambda: None):
+        """Ids of one step from the ids, greedily; `after` each kernel. `fuse`: norms and activations in `linear`."""
+        import hf_paged_kernels as kernels
+
+        spare = torch.zeros(64, device="cuda")  # a memset and a copy among the kernels, as torch's allocations bring
+        at = self.lens.long() - 1
+        slots = self.table.gather(1, (at // 16)[:, None])[:, 0].long() * 16 + at % 16
+        first = self.layers[0]["caches"]
+        size = kernels.decode_workspace_bytes(self.rows, self.heads, *first)
+        workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        kernels.plan_decode(self.lens, workspace, *first)
+        hidden = self.tokens[self.ids]
+        spare.copy_(spare.clone())
+
+        def linear(x, weight, norm=None, **options):
+            if norm is not None and not fuse:
+                x = kernels.rms_norm(x, norm, eps=1e-5)
+                after()
+            elif norm is not None:
+                options |= {"norm_weight": norm, "eps": 1e-5}
+            y = kernels.linear(x, weight, **options)
+            after()
+            return y
+
+        for layer in self.layers:
+            qkv = linear(hidden, layer["qkv"], layer["norms"][0]).view(self.rows, -1, self.dim)
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 1)
+            kernels.write_cache(k, v, *layer["caches"], slots, query=q, cos=self.cos, sin=self.sin)
+            after()
+            y = kernels.decode_attention(
+                q, *layer["caches"], self.table, self.lens, workspace, scale=self.dim**-0.5, planned=True
+            )
+            after()
+            linear(y.view(self.rows, -1), layer["o"], residual=hidden, out=hidden)
+            act = linear(hidden, layer["gate_up"], layer["norms"][1], gate="silu")
+            linear(act, layer["down"], residual=hidden, out=hidden)
+        logits = linear(hidden, self.head, self.layers[0]["norms"][0])
+        ids = kernels.argmax(logits)
+        after()
+        return ids, logits
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_kernels_that_overlap_wait_for_each_other(rows, fuse):
+    """A captured decode step, replayed back to back, gives bit for bit what kernels give that run one by one."""
+    chain = Chain(rows)
+    chain.run(fuse)  # compiled before it is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids, logits = chain.run(fuse)
+        chain.ids.copy_(ids)
+    for _ in range(3):
+        first = torch.randint(0, 4096, (rows,), device="cuda")
+        chain.ids.copy_(first)
+        wanted = []
+        for _ in range(20):
+            new_ids, new_logits = chain.run(fuse, after=torch.cuda.synchronize)
+            wanted.append(new_logits)
+            chain.ids.copy_(new_ids)
+        chain.ids.copy_(first)
+        torch.cuda.synchronize()
+        got = []
+        for _ in range(20):
+            graph.replay()
+            got.append(logits.clone())
+        for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            assert torch.equal(a, b), f"step {step}"

@@ -1,0 +1,300 @@
+"""Linear layers for few tokens on Hopper, warp-specialised, in Gluon (Triton's lower level).
+
+Persistent programs. In each, one warp streams weights to shared memory with the tensor-copy engine, another the tokens
+that they meet, and a warpgroup multiplies: a tile of weights is the 64-row operand, so that 8 tokens fill the other.
+Weights do not depend on the kernel before. So the first warp does not wait for it: while that kernel ends, and a small
+norm behind it runs, a pipeline's worth of weights is already on its way on every multiprocessor, and the memory never
+falls idle between layers (programmatic dependent launch).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .activation import activate
+from .common import WIDEN, await_previous, overlap
+from .heuristics import LinearConfig
+
+DTYPES = (torch.float16, torch.bfloat16)
+CHUNK = 64  # 2-byte elements in the 128 bytes that the copy engine swizzles
+# Names that moved between the Triton versions tried, 3.6 and 3.9.
+_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
+_activate = gluon.jit(activate.fn)
+
+
+@gluon.jit
+def _take(buffer, empty, full, done, SIZE: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for the stage of tile `done` to come free; returns (stage, its barrier, which now expects SIZE bytes)."""
+    stage = done % STAGES
+    mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), SIZE)
+    return stage, full.index(stage)
+
+
+@gluon.jit
+def _stream_weights(
+    desc, buffer, full, empty, n, items, tiles,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    GATED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """Copies the weights of every item; of a gated one half the rows from the gate, half from the up projection."""
+    PIECES: gl.constexpr = 2 if GATED else 1
+    ROWS: gl.constexpr = BLOCK_N // PIECES
+    CHUNKS: gl.constexpr = BLOCK_K // 64
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        row = item // SPLIT % tiles * ROWS
+        column = item % SPLIT * (STEPS * BLOCK_K)
+        for _ in range(STEPS):
+            stage, arrived = _take(buffer, empty, full, done, BLOCK_N * BLOCK_K * 2, STAGES)
+            for c in gl.static_range(CHUNKS):
+                for p in gl.static_range(PIECES):
+                    to = buffer.index(stage * (PIECES * CHUNKS) + c * PIECES + p)
+                    _async_load(desc, [row + p * n, column + c * 64], arrived, to)
+            column += BLOCK_K
+            done += 1
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@gluon.jit
+def _stream_tokens(
+    desc, buffer, full, empty, items, tiles,
+    BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """Copies the tokens that each tile of weights meets, once the kernel before has written them."""
+    CHUNKS: gl.constexpr = BLOCK_K // 64
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        row = item // SPLIT // tiles * BLOCK_T
+        column = item % SPLIT * (STEPS * BLOCK_K)
+        for _ in range(STEPS):
+            stage, arrived = _take(buffer, empty, full, done, BLOCK_T * BLOCK_K * 2, STAGES)
+            for c in gl.static_range(CHUNKS):
+                _async_load(desc, [row, column + c * 64], arrived, buffer.index(stage * CHUNKS + c))
+            column += BLOCK_K
+            done += 1
+
+
+@gluon.jit
+def _finish(
+    acc, item, tiles, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
+    BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """What comes behind the product, and the store: of the result, or of a partial one [SPLIT, tokens, n]."""
+    GATED: gl.constexpr = KIND >= 0
+    ROWS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    PAIR: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, 4, 1], [2, 0, 1])
+    OUT: gl.constexpr = gl.SliceLayout(2, PAIR) if GATED else gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    tile = item // SPLIT
+    c = tile % tiles * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    t = tile // tiles * BLOCK_T + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, OUT))
+    t_long = t.to(gl.int64)
+    ok = (c < n)[:, None] & (t < tokens)[None, :]
+    if GATED:
+        y, up = gl.split(gl.convert_layout(acc.reshape([2, ROWS, BLOCK_T]).permute((1, 2, 0)), PAIR))
+        if BIAS:
+            y += gl.load(bias_ptr + c, mask=c < n, other=0.0).to(gl.float32)[:, None]
+            up += gl.load(bias_ptr + n + c, mask=c < n, other=0.0).to(gl.float32)[:, None]
+        y = _activate(y, KIND) * up
+    else:
+        y = gl.convert_layout(acc, OUT)
+    if SPLIT > 1:
+        gl.store(partial_ptr + (item % SPLIT * tokens + t_long)[None, :] * n + c[:, None], y, mask=ok)
+    else:
+        if BIAS and not GATED:
+            y += gl.load(bias_ptr + c, mask=c < n, other=0.0).to(gl.float32)[:, None]
+        if RESIDUAL:
+            y += gl.load(residual_ptr + t_long[None, :] * stride_r + c[:, None], mask=ok, other=0.0).to(gl.float32)
+        gl.store(out_ptr + t_long[None, :] * stride_o + c[:, None], y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@gluon.jit
+def _multiply(
+    w_tiles, x_tiles, w_full, w_empty, x_full, x_empty, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, items,
+    tiles, stride_r, stride_o,
+    BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr,
+    SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup: a tile's product is started before the one before is waited for, whose stages then come free."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    done = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        acc = gl.zeros([BLOCK_N, BLOCK_T], gl.float32, LAYOUT)
+        for s in range(STEPS):
+            stage = done % STAGES
+            x_stage = done % X_STAGES
+            mbarrier.wait(w_full.index(stage), (done // STAGES) & 1)
+            mbarrier.wait(x_full.index(x_stage), (done // X_STAGES) & 1)
+            acc = warpgroup_mma(w_tiles.index(stage), x_tiles.index(x_stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            if s > 0:
+                mbarrier.arrive(w_empty.index((done - 1) % STAGES))
+                mbarrier.arrive(x_empty.index((done - 1) % X_STAGES))
+            done += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(w_empty.index((done - 1) % STAGES))
+        mbarrier.arrive(x_empty.index((done - 1) % X_STAGES))
+        _finish(
+            acc, item, tiles, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
+            BLOCK_N, BLOCK_T, SPLIT, KIND, BIAS, RESIDUAL,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _ring(dtype: gl.constexpr, PIECES: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory for STAGES tiles, each of PIECES swizzled pieces [ROWS, 64], and its (full, empty) barriers."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    buffer = gl.allocate_shared_memory(dtype, [STAGES * PIECES, ROWS, 64], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=1)
+    return buffer, full, empty
+
+
+# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+@gluon.jit(do_not_specialize=["tokens", "items"])
+def _kernel(
+    x_desc, w_desc, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, items, tiles, stride_r, stride_o,
+    BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    X_STAGES: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    PDL: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """Sets up shared memory and barriers, and sends the warps to their work.
+
+    An item is BLOCK_N rows of weight, for BLOCK_T tokens, over STEPS tiles of K; with SPLIT, one of as many parts of K.
+    """
+    dtype: gl.constexpr = w_desc.dtype
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    HALVES: gl.constexpr = 2 if KIND >= 0 else 1
+    CHUNKS: gl.constexpr = BLOCK_K // 64
+    w_buffer, w_full, w_empty = _ring(dtype, CHUNKS * HALVES, BLOCK_N // HALVES, STAGES)
+    x_buffer, x_full, x_empty = _ring(dtype, CHUNKS, BLOCK_T, X_STAGES)
+    # The same memory as whole tiles: a swizzled tile is its 64-column chunks, one behind the other.
+    if PRIVATE_REINTERPRET:
+        w_tiles = w_buffer._reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_K], SHARED)
+        x_tiles = x_buffer._reinterpret(dtype, [X_STAGES, BLOCK_T, BLOCK_K], SHARED)
+    else:
+        w_tiles = w_buffer.reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_K], SHARED)
+        x_tiles = x_buffer.reinterpret(dtype, [X_STAGES, BLOCK_T, BLOCK_K], SHARED)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    w_tiles, x_tiles, w_full, w_empty, x_full, x_empty, bias_ptr, residual_ptr, out_ptr, partial_ptr,
+                    tokens, n, items, tiles, stride_r, stride_o,
+                    BLOCK_N, BLOCK_T, STEPS, STAGES, X_STAGES, SPLIT, KIND, BIAS, RESIDUAL, PDL,
+                ),
+            ),
+            (
+                _stream_weights,
+                (
+                    w_desc, w_buffer, w_full, w_empty, n, items, tiles,
+                    BLOCK_N, BLOCK_K, STEPS, STAGES, SPLIT, KIND >= 0, PDL, EARLY,
+                ),
+            ),
+            (
+                _stream_tokens,
+                (
+                    x_desc, x_buffer, x_full, x_empty, items, tiles, BLOCK_T, BLOCK_K, STEPS, X_STAGES, SPLIT, PDL,
+                ),
+            ),
+        ],
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine_kernel(
+    partial_ptr, bias_ptr, residual_ptr, out_ptr, tokens, n, stride_r, stride_o,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Adds the SPLIT partial results of BLOCK outputs of one token, and what comes behind the product."""
+    await_previous(PDL)
+    t = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, SPLIT)
+    ok = c < n
+    y = tl.sum(tl.load(partial_ptr + (part * tokens + t)[:, None] * n + c[None, :], mask=ok[None, :], other=0.0), 0)
+    if BIAS:
+        y += tl.load(bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + t * stride_r + c, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + t * stride_o + c, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether `device` is a Hopper GPU."""
+    return not WIDEN.value and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _copyable(x: torch.Tensor) -> bool:
+    """Whether the copy engine takes rows of x [rows, columns]: 16-byte aligned."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] > 0
+
+
+def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this kernel serves the call: Hopper, a 2-byte dtype, rows that the copy engine takes."""
+    return runs_on(x.device) and x.dtype in DTYPES and _copyable(x) and _copyable(weight)
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Copies `rows` rows of x by one column chunk; beyond its edges come zeros."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    kind: int,
+    out: torch.Tensor,
+    config: LinearConfig,
+) -> None:
+    """Writes `out` [tokens, n]; weight [n, K], or [2 n, K] with a `kind` of activation from 0 on (else -1)."""
+    tokens, k = x.shape
+    n = out.shape[1]
+    rows = config.block_n // 2 if kind >= 0 else config.block_n
+    tiles = triton.cdiv(n, rows)
+    items = tiles * config.split * triton.cdiv(tokens, config.block_t)
+    r = out if residual is None else residual
+    partial = x.new_empty(config.split, tokens, n, dtype=torch.float32) if config.split > 1 else None
+    extras = {"BIAS": bias is not None, "RESIDUAL": residual is not None}
+    _kernel[(min(items, config.programs),)](
+        _descriptor(x, config.block_t), _descriptor(weight, rows), bias, r, out, partial, tokens, n, items, tiles,
+        r.stride(0), out.stride(0), BLOCK_N=config.block_n, BLOCK_T=config.block_t, BLOCK_K=config.block_k,
+        STEPS=triton.cdiv(k, config.block_k * config.split), STAGES=config.stages, X_STAGES=config.x_stages,
+        SPLIT=config.split, KIND=kind, EARLY=config.early, num_warps=4, maxnreg=128, **extras, **overlap(x.device),
+    )  # fmt: skip
+    if config.split > 1:
+        block = 256 if tokens < 16 else 1024
+        _combine_kernel[(triton.cdiv(n, block), tokens)](
+            partial, bias, r, out, tokens, n, r.stride(0), out.stride(0), SPLIT=config.split, BLOCK=block, num_warps=4,
+            **extras, **overlap(x.device),
+        )  # fmt: skip
