@@ -68,7 +68,7 @@ class _Look(PagedStep):
         if mask is not None:
             window = _window_of(self._function_of(mask))
         spec = LayerSpec(query.shape[1], key.shape[1], query.shape[3], value.shape[3], window)
-        self.layers.append(SeenLayer(module, spec, key.dtype))
+        self.layers.append(SeenLayer(module, spec, _kept_dtype(key)))
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
     def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
@@ -99,7 +99,7 @@ def flat_model(model: nn.Module) -> FlatModel:
     if not look.layers:
         raise UnsupportedModelError(f"no layer of {type(model).__name__} asks Transformers' attention interface")
     device = carried.get_input_embeddings().weight.device
-    spec = CacheSpec(tuple(layer.spec for layer in look.layers), _cache_dtype(look, device), device)
+    spec = CacheSpec(tuple(layer.spec for layer in look.layers), look.layers[0].dtype, device)
     positions = getattr(config, "max_position_embeddings", None)
     modules = [layer.module for layer in look.layers]
     return FlatModel(carried, spec, modules, configs, look.num_logits, positions)
@@ -229,8 +229,10 @@ def _window_of(mask: Callable[..., Any]) -> int | None:
     return window
 
 
-def _cache_dtype(look: _Look, device: torch.device) -> torch.dtype:
-    """What keys and values are kept in: under autocast what it makes of attention, else what the layers give."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return look.layers[0].dtype
+def _kept_dtype(key: torch.Tensor) -> torch.dtype:
+    """What keys and values are kept in: what autocast makes of attention, else what the layer gives.
+
+    Autocast may be the caller's, or inside the model's own forward, as Accelerate has it.
+    """
+    device = key.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype

@@ -6,16 +6,20 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import threading
 import time
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from stock import caught, padded, same_tensor, snapshot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -360,6 +364,48 @@ def test_wrappers(llama: PreTrainedModel, wrap: Any) -> None:
     assert hf_paged.explain(wrapper).patched
     hf_paged.unpatch(wrapper)
     assert "generate" not in vars(llama)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_distributed_data_parallel(llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one, in a group of one process; a training step through it counts at once."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(llama)
+        with hf_paged.paged(wrapper, on_unsupported="error") as handle:
+            first = llama.generate(**BATCH, **KWARGS)
+            optimizer = torch.optim.SGD(wrapper.parameters(), lr=3.0)
+            wrapper(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+            optimizer.step()
+            second = llama.generate(**BATCH, **KWARGS)
+            assert handle.model is llama
+            assert hits(handle) > 0
+        assert second.tolist() != first.tolist()
+        same_tensor(second, llama.generate(**BATCH, **KWARGS))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(llama: PreTrainedModel, precision: str) -> None:
+    """What Accelerate prepares is the model itself, its forward wrapped where it is to run in another precision."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    try:
+        model = accelerator.prepare_model(llama, evaluation_mode=True)
+        before = snapshot(llama)
+        # In half precision the shape of a batch decides near-ties: one row alone has stock's shape.
+        batch = padded(zoo.prompts(2, (11,)))
+        expected = model.generate(**batch, **KWARGS)
+        with hf_paged.paged(model, on_unsupported="error") as handle:
+            same_tensor(model.generate(**batch, **KWARGS), expected)
+            assert handle.model is llama
+            assert hits(handle) > 0
+        assert snapshot(llama) == before
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_peft(llama: PreTrainedModel) -> None:
