@@ -67,6 +67,8 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
+        if not _is_share(gpu_memory_utilization):
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization!r}")
         if not isinstance(model, str):
             wanted = None if dtype == "auto" else dtype
             _check_nothing_to_load(dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
@@ -356,6 +358,11 @@ def _with_text(entries: Any, tokenizer: Any) -> Any:
     return [
         entry and {i: Logprob(x.logprob, x.rank, tokenizer.decode([i])) for i, x in entry.items()} for entry in entries
     ]
+
+
+def _is_share(value: object) -> bool:
+    """Whether it is a number in (0, 1]."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
 
 
 def _check_nothing_to_load(**options: Any) -> None:

@@ -43,7 +43,10 @@ def _check_ids(request: Request, model: PagedModel) -> None:
         size = model.vocab_size if name == "prompt" else model.num_logits
         wrong = [token for token in (min(ids), max(ids)) if not 0 <= token < size] if ids else []
         if wrong:
-            raise InvalidRequestError(f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {size - 1})")
+            raise InvalidRequestError(
+                f"token id {wrong[0]} in {name} is outside the vocabulary (0 to {size - 1}); use the model's own "
+                "tokenizer, or resize_token_embeddings() after adding tokens"
+            )
 
 
 def _check_parent(request: Request) -> None:

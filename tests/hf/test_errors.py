@@ -65,7 +65,7 @@ def test_ids_outside_the_vocabulary(llama: PreTrainedModel, wrong: int) -> None:
     handle = warm(llama)
     ids = IDS.clone()
     ids[0, 3] = wrong
-    with refused(llama, InvalidRequestError, str(wrong), "0 to 255"):
+    with refused(llama, InvalidRequestError, str(wrong), "0 to 255", "resize_token_embeddings"):
         llama.generate(ids, max_new_tokens=3)
     assert handle.stats.pool_bytes == 0
     with LLM(llama, skip_tokenizer_init=True) as llm:
@@ -147,6 +147,13 @@ def test_wrong_options(llama: PreTrainedModel, options: dict[str, Any], words: t
             use()
     with pytest.raises((ConfigError, TypeError)):
         PagedConfig(**options)
+
+
+@pytest.mark.parametrize("share", [0, 1.5, -0.1, True, "all", float("nan")])
+def test_a_share_of_the_gpu_that_is_none(llama: PreTrainedModel, share: Any) -> None:
+    """Also where there is no GPU."""
+    with refused(llama, ConfigError, "gpu_memory_utilization", "(0, 1]", repr(share)):
+        LLM(llama, skip_tokenizer_init=True, gpu_memory_utilization=share)
 
 
 @pytest.mark.parametrize("name", ["attention_backend", "scheduler", "cache_policy"])
