@@ -283,7 +283,8 @@ def test_pool_against_a_naive_model(seed):
         elif action == "claim":
             claims.append(pool.claim(pick.randint(0, 5), pick.choice([None, pick.randrange(1, pool.num_blocks)])))
             assert all(block in naive.free for block in claims[-1])
-            assert Counter(block for claim in claims for block in claim).most_common(1) < [(0, 2)] or True
+            # A claim only steers, so others may take its blocks; but no block is in two claims.
+            assert max(Counter(block for claim in claims for block in claim).values(), default=1) == 1
         elif action == "unclaim" and claims:
             pool.unclaim(claims.pop(pick.randrange(len(claims))))
         elif action == "forget" and pick.random() < 0.1:
