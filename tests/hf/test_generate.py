@@ -706,6 +706,24 @@ def test_masks_that_are_no_left_padding(model: PreTrainedModel) -> None:
         hf_paged.unpatch(model)
 
 
+def test_right_padding_has_no_answer_to_equal(model: PreTrainedModel) -> None:
+    """Why it stays stock's: the answer to such a row hangs on ids that its mask hides, and on positions met twice."""
+    kwargs: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    answers = [model.generate(**padded(ROWS, side="right", pad=pad), **kwargs)[:, 12:].tolist() for pad in (0, 7)]
+    assert answers[0][1] == answers[1][1]  # the row without padding
+    assert all(answers[0][row] != answers[1][row] for row in (0, 3))
+    left = [model.generate(**padded(ROWS, pad=pad), **kwargs)[:, 12:].tolist() for pad in (0, 7)]
+    assert left[0] == left[1]
+
+    positions: list[torch.Tensor] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    model.generate(**padded(ROWS, side="right"), **kwargs)
+    hook.remove()
+    assert torch.cat(positions[1:], dim=-1)[3].tolist() == [1, 2, 3, 4]  # after a prompt with positions 0 to 8
+
+
 def test_beyond_the_positions(model: PreTrainedModel) -> None:
     hf_paged.patch(model, on_unsupported="error")
     with pytest.raises(hf_paged.UnsupportedCallError, match="519 .*512 positions"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from stock import free, padded
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_paged
 from hf_paged.bench import workloads
@@ -15,31 +15,39 @@ NEW_TOKENS = 64
 
 
 def test_ragged_workload(smollm2_dir: Path) -> None:
-    """32 prompts of 16 to 256 tokens at once, against stock's left-padded batches of 8."""
+    """32 prompts of 16 to 256 tokens at once, 64 new ones each, against stock's left-padded batches of 8."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # no row ends early: every token of every row is compared
     prompts = sorted((item.prompt_token_ids for item in workloads.cpu().items), key=len)  # little padding in a batch
     expected: list[list[int]] = []
     for first in range(0, len(prompts), 8):
-        batch = padded(prompts[first : first + 8], pad=model.config.eos_token_id)
-        output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
-        tails = output[:, batch["input_ids"].shape[1] :]
-        expected += torch.nn.functional.pad(tails, (0, NEW_TOKENS - tails.shape[1]), value=-1).tolist()
-    batch = padded(prompts, pad=model.config.eos_token_id)
+        expected += answers(model, prompts[first : first + 8])
+    assert [len(row) for row in expected] == [NEW_TOKENS] * 32
+
     handle = hf_paged.patch(model, on_unsupported="error")
-    output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    got = answers(model, prompts)
+    assert [i for i in range(32) if got[i] != expected[i]] == []
     assert handle.stats.waste < 0.2
+    assert handle.stats.num_preemptions == 0
     assert free(handle.stats)
     hf_paged.unpatch(model)
-    eos = model.generation_config.eos_token_id
-    ends = set(eos) if isinstance(eos, list) else {eos}
-    got = output[:, batch["input_ids"].shape[1] :].tolist()
-    wrong = [
-        i for i, (one, other) in enumerate(zip(got, expected, strict=True)) if until(one, ends) != until(other, ends)
-    ]
-    assert not wrong
+
+    # Half the blocks that all rows need, and prompts cut in pieces; then prompts that begin with known ones.
+    tight = {"num_blocks": 200, "max_num_batched_tokens": 100}
+    with hf_paged.paged(model, on_unsupported="error", **tight) as handle:
+        got = answers(model, prompts)
+        assert [i for i in range(32) if got[i] != expected[i]] == []
+        assert handle.stats.num_preemptions > 0
+        hits = handle.stats.prefix_hits
+        for _ in range(2):
+            got = answers(model, prompts[-4:], 16)
+        assert got == [row[:16] for row in expected[-4:]]
+        assert handle.stats.prefix_hits - hits >= sum(len(prompt) - 16 for prompt in prompts[-4:])
+        assert free(handle.stats)
 
 
-def until(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends a row."""
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: stop + 1]
+def answers(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+    """The new tokens of each prompt, from one greedy call."""
+    batch = padded(prompts, pad=model.config.pad_token_id)
+    output = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False)
+    return output[:, batch["input_ids"].shape[1] :].tolist()
