@@ -155,7 +155,12 @@ def expected(prompt, count, windows=FULL, *, eos=(), salt=0):
 def make_engine(windows=FULL, *, prefer_runs=False, max_positions=None, engine=None, **config):
     """An engine over a fake model; `engine` holds further arguments of Engine."""
     config = PagedConfig(**{"block_size": 4, "num_blocks": 64, "max_num_batched_tokens": 16, **config})
-    return Engine(FakeModel(windows, max_positions), FakeBackend(prefer_runs), config, **{"run_ahead": RUN_AHEAD, **(engine or {})})
+    return Engine(
+        FakeModel(windows, max_positions),
+        FakeBackend(prefer_runs),
+        config,
+        **{"run_ahead": RUN_AHEAD, **(engine or {})},
+    )
 
 
 def make_request(prompt, max_tokens=8, *, params=None, name=None, **fields):
