@@ -14,7 +14,7 @@ import hf_paged
 from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import add_model_options
-from hf_paged.bench import kernels, models, throughput
+from hf_paged.bench import kernels, latency, models, throughput
 from hf_paged.config import PagedConfig
 from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
@@ -57,6 +57,7 @@ def _add_bench_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure, and compare with other engines")
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     throughput.add_parser(benchmarks)
+    latency.add_parser(benchmarks)
     kernels.add_parser(benchmarks)
 
 

@@ -16,6 +16,7 @@ from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError
 from hf_paged.hf.detokenize import Detokenizer, StopStrings, banned_ids
 from hf_paged.hf.handle import PatchedModel
 from hf_paged.hf.load import load_model, load_tokenizer
+from hf_paged.hf.memory import step_bytes
 from hf_paged.hf.params import default_params, end_ids
 from hf_paged.hf.spec import unwrap
 from hf_paged.params import SamplingParams
@@ -39,7 +40,7 @@ class LLM:
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together. On a CPU the pool grows.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching: as in PagedConfig.
         chat_template: used by `chat` instead of the tokenizer's own.
-        enforce_eager: accepted for compatibility; forwards run eagerly.
+        enforce_eager: as in PagedConfig: no CUDA graphs.
         config: further options; those given by name here go before it.
         options: single options of PagedConfig.
 
@@ -79,10 +80,12 @@ class LLM:
         self.tokenizer = load_tokenizer(name, **loading) if needs_one else None if skip_tokenizer_init else tokenizer
         self.chat_template = chat_template
         config = (config or PagedConfig()).replace(**options)
+        if enforce_eager:
+            config = config.replace(enforce_eager=True)
         if config.keep_pool is None:
             config = config.replace(keep_pool=True)
         if config.num_blocks is None and config.kv_memory is None and self.model.device.type == "cuda":
-            config = config.replace(kv_memory=_kv_bytes(self.model.device, gpu_memory_utilization))
+            config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
         try:
             self._patched.driver()  # what is wrong is said now; each call asks again, for the model may change
@@ -205,6 +208,13 @@ class LLM:
             raise EngineClosedError("this LLM is closed; build a new one")
         driver = self._patched.driver()
         driver.post(driver.engine.forget)
+
+    def warm_up(self) -> None:
+        """Make the KV pool and capture every CUDA graph now, so that no answer waits for it; on a CPU, the pool alone."""
+        if self._patched is None:
+            raise EngineClosedError("this LLM is closed; build a new one")
+        driver = self._patched.driver()
+        driver.do(driver.engine.warm_up)
 
     def close(self) -> None:
         """Give the KV pool's memory back. The model stays as it is. Closing twice does nothing more."""
@@ -383,13 +393,15 @@ def _text_of(item: Prompt) -> str | None:
     return item.get("prompt") if isinstance(item, Mapping) else None
 
 
-def _kv_bytes(device: torch.device, share: float) -> int:
-    """What is left of a GPU's share for keys and values, with room for a step's activations."""
+def _kv_bytes(model: Any, config: PagedConfig, share: float) -> int:
+    """What is left of a GPU's share for keys and values, with room for a step's activations and for CUDA graphs."""
+    device = model.device
     free, total = free_memory(device), torch.cuda.mem_get_info(device)[1]
-    budget = int(free - (1.0 - share) * total)
+    budget = int(free - (1.0 - share) * total) - step_bytes(model, config)
     if budget <= 0:
         raise ConfigError(
             f"gpu_memory_utilization={share} leaves no room for the KV pool: "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, and a step takes "
+            f"{step_bytes(model, config) / 2**30:.1f} GiB; raise it, or lower max_num_batched_tokens"
         )
     return budget

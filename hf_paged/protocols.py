@@ -128,6 +128,33 @@ class LayerPlan(Protocol):
         ...
 
 
+class RotaryPlan(LayerPlan, Protocol):
+    """A plan that rotates queries and keys on the way to the cache; those of a backend with `kernels` do."""
+
+    def run_rotary(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`LayerPlan.run`, before which the first elements of each query and key head are rotated, in place.
+
+        Args:
+            query, key, value: as for `run`, RoPE not applied yet; any strides between tokens and heads.
+            cos, sin: [T, half of the rotated elements].
+            interleaved: whether element 2i turns with 2i + 1, or else i with i + half.
+        """
+        ...
+
+
 class CachePolicy(Protocol):
     """In which order blocks that no request holds are given up."""
 
@@ -183,7 +210,7 @@ class Kernels(SamplingKernels, Protocol):
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
     ) -> torch.Tensor:
-        """x [rows, in], normed first if asked for, times the weight: [rows, out]."""
+        """X [rows, in], normed first if asked for, times the weight: [rows, out]."""
         ...
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
@@ -193,7 +220,7 @@ class Kernels(SamplingKernels, Protocol):
     def add_linear(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
-        """total [rows, out] += x [rows, in] times the weight, in place."""
+        """Total [rows, out] += x [rows, in] times the weight, in place."""
         ...
 
 

@@ -45,6 +45,7 @@ def hf_paged_engine(model: Any, options: Options) -> Iterator[Serve]:
     from hf_paged import LLM, SamplingParams
 
     llm = LLM(model, skip_tokenizer_init=True, **options.paged)
+    llm.warm_up()
 
     def serve(items: Sequence[Item]) -> Run:
         params = [

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from hf_paged.errors import ConfigError
 from hf_paged.hf.load import load_model, load_tokenizer
 
+LLAMA_8B = "random weights in Llama-3.1-8B's shape"
+
 
 def pick_device(name: str | None) -> torch.device:
     """The device of that name; without one, the first GPU, or else the CPU.

@@ -139,6 +139,6 @@ def _model(args: argparse.Namespace) -> tuple[Any, str]:
     if args.model:
         return models.load(args.model, args.device, args.dtype), args.model
     if args.workload == "A":
-        return models.llama_8b_shape(models.pick_device(args.device)), "random weights in Llama-3.1-8B's shape"
+        return models.llama_8b_shape(models.pick_device(args.device)), models.LLAMA_8B
     folder = smollm2.ensure(Console(stderr=True).print)
     return models.load(str(folder), args.device, args.dtype), smollm2.NAME

@@ -53,6 +53,30 @@ def ragged(vocab_size: int = 128256) -> Workload:
     return Workload("A", items)
 
 
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Requests of one length: so many, of so many prompt tokens and new ones."""
+
+    requests: int
+    prompt: int
+    output: int
+
+    def items(self, vocab_size: int, seed: int, output: int | None = None) -> list[Item]:
+        """The requests, with random ids of their own for each seed, so that no run finds another's prefixes."""
+        ids = random.Random(seed)
+        prompts = [[ids.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.requests)]
+        return [Item(prompt, output or self.output) for prompt in prompts]
+
+
+# B, C and D measure a decode step, E prefill.
+UNIFORM = {
+    "B": Uniform(1, 128, 256),
+    "C": Uniform(8, 512, 256),
+    "D": Uniform(64, 512, 256),
+    "E": Uniform(16, 2048, 1),
+}
+
+
 def cpu() -> Workload:
     """Workload cpu: 32 requests for a small model, prompts of 16 to 256 tokens, outputs of 16 to 128."""
     r = random.Random(0)

@@ -10,6 +10,8 @@ import torch
 from hf_paged.engine.staging import Staging
 from hf_paged.types import Batch, Request, Scheduled, Step
 
+WIDTH_STEP = 16  # so that every row of a table begins where loads of 16 bytes may
+
 
 class BatchBuilder:
     """Builds batches for one device.
@@ -107,9 +109,14 @@ def _token_ids(rows: Sequence[Scheduled], missing: int) -> np.ndarray:
     return np.array(ids + [0] * missing, np.int64)
 
 
+def table_width(num_tokens: int, block_size: int) -> int:
+    """Columns of a table for so many tokens: a multiple of WIDTH_STEP."""
+    return -(-num_tokens // (block_size * WIDTH_STEP)) * WIDTH_STEP
+
+
 def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
-    """int32 [rows, longest table], padded with the null block."""
-    padded = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
+    """int32 [rows, a multiple of 16 that holds the longest], padded with the null block."""
+    padded = np.zeros((len(tables), table_width(max(map(len, tables), default=0), 1)), np.int32)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return padded

@@ -80,20 +80,24 @@ class Driver:
             wait: until it is closed, however long the step takes that another thread is in. Who calls this from a
                 callback of a step doesn't wait: the engine is closed after that step.
         """
-        closed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.do(self.engine.close, wait=wait)
+
+    def do(self, work: Callable[[], object], *, wait: bool = True) -> None:
+        """Do something to the engine between two steps; see `close` for `wait`. What it raises is logged."""
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
 
         def message() -> None:
             try:
-                self.engine.close()
+                work()
             except Exception:
-                closed.put(None)
+                done.put(None)
                 raise
-            closed.put(None)
+            done.put(None)
 
         self.post(message)
         self._sweep()
         if wait and not self.driven_here:
-            closed.get()
+            done.get()
 
     @property
     def busy(self) -> bool:

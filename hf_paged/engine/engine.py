@@ -73,7 +73,7 @@ class Engine:
         self._runs_ahead = model.spec.device.type != "cpu" if run_ahead is None else run_ahead
         self._builder = batches.BatchBuilder(config.block_size, len(self.pool.tables.pools), model.spec.device)
         self._longest = min(self.pool.longest, self.max_model_len or self.pool.longest)
-        self._runner = Runner(model, backend, config, -(-self._longest // config.block_size))
+        self._runner = Runner(model, backend, config, batches.table_width(self._longest, config.block_size))
         sampler = BatchSampler(seed, getattr(backend, "kernels", None))
         self._chooser = Chooser(sampler, processors, ahead=self._runs_ahead)
         self._flight: Flight | None = None  # the step that is launched, and hasn't landed

@@ -20,8 +20,8 @@ from hf_paged.types import Batch, Step
 
 logger = logging.getLogger(__name__)
 
-SMALL_SIZES = (1, 2, 4, 8)
-SIZE_STEP = 16
+SMALL_SIZES = (1, 2, 4, 8, *range(16, 129, 16))
+SIZE_STEP = 32  # beyond these
 # A pool that is given back after each call takes its graphs along: those calls capture what they will use for long.
 PATIENCE = 8
 
@@ -154,9 +154,15 @@ class DecodeGraphs:
             mine[:, : given.shape[1]].copy_(given)
 
 
+def logits_rows(most: int) -> int:
+    """Rows of logits that the graphs for up to `most` rows keep, all together."""
+    return sum(sizes_up_to(most))
+
+
 def sizes_up_to(most: int) -> list[int]:
     """The numbers of rows that have graphs, up to the first that serves `most` rows."""
-    sizes = [*SMALL_SIZES, *range(SIZE_STEP, most + SIZE_STEP, SIZE_STEP)]
+    largest = SMALL_SIZES[-1]
+    sizes = [*SMALL_SIZES, *range(largest + SIZE_STEP, most + SIZE_STEP, SIZE_STEP)]
     return sizes[: next(i for i, size in enumerate(sizes) if size >= most) + 1]
 
 

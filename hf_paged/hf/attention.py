@@ -7,12 +7,13 @@ same model at that moment, sees no step and gets the attention that its config a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,9 +22,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.ledger import Ledger
-from hf_paged.protocols import LayerPlan
+from hf_paged.protocols import LayerPlan, RotaryPlan
+from hf_paged.types import LayerSpec
 
 NAME = "hf_paged"
+
+
+@dataclasses.dataclass
+class SeenLayer:
+    """One attention call of the forward in which a model was looked at: who called, and with what."""
+
+    module: nn.Module
+    spec: LayerSpec
+    dtype: torch.dtype
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 class PagedStep:
@@ -34,12 +48,19 @@ class PagedStep:
     Args:
         plan: what each layer runs.
         modules: the attention modules in the order in which they call.
+        fusion: whose fused forwards serve this step, or None: the modules' own do.
+
+    Attributes:
+        position: which layer comes next.
     """
 
-    def __init__(self, plan: LayerPlan, modules: Sequence[nn.Module]) -> None:
+    fusion: object = None
+
+    def __init__(self, plan: LayerPlan, modules: Sequence[nn.Module], fusion: object = None) -> None:
         self._plan = plan
         self._modules = modules
-        self._next = 0
+        self.fusion = fusion
+        self.position = 0
 
     def attend(
         self,
@@ -54,7 +75,7 @@ class PagedStep:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """One layer. Query [1, heads, T, head_dim], key and value likewise; returns [1, T, heads, value_head_dim]."""
-        index, self._next = self._next, self._next + 1
+        index, self.position = self.position, self.position + 1
         if index >= len(self._modules) or self._modules[index] is not module:
             raise UnsupportedModelError(
                 f"attention call {index} of the forward came from another module than when the model was looked at; "
@@ -63,12 +84,42 @@ class PagedStep:
         tokens = (x[0].transpose(0, 1) for x in (query, key, value))
         return self._plan.run(index, *tokens, scale=scale, softcap=softcap, sinks=sinks)[None]
 
+    def rotate_and_attend(
+        self,
+        index: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotary: dict[str, Any] | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Layer `index`, from queries, keys and values [T, heads, head_dim] that are still to be rotated.
+
+        Args:
+            rotary: cos, sin and interleaved, see `RotaryPlan.run_rotary`; or None: they aren't rotated at all.
+            options: scale, softcap and sinks.
+
+        Returns:
+            [T, heads, value_head_dim].
+        """
+        if index != self.position:
+            raise UnsupportedModelError(f"attention layer {index} came where {self.position} was due")
+        self.position += 1
+        if rotary is None:
+            return self._plan.run(index, query, key, value, **options)
+        return cast(RotaryPlan, self._plan).run_rotary(index, query, key, value, **rotary, **options)
+
     def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
         """The mask that a model asks for: none, for the plan knows the windows."""
         return None
 
 
 _step: ContextVar[PagedStep | None] = ContextVar("hf_paged_step", default=None)
+
+
+def current_step() -> PagedStep | None:
+    """The step that the forward under way in this thread belongs to, if it is one of ours."""
+    return _step.get()
 
 
 @contextmanager

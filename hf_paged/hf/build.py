@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable
 
 import pluggy
+import torch
 from transformers import PreTrainedModel
 
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
 from hf_paged.engine.engine import Engine
+from hf_paged.errors import UnsupportedModelError
+from hf_paged.hf.fusion.fusion import Fusion, acquire, release
+from hf_paged.hf.model import FlatModel
 from hf_paged.hf.spec import flat_model
-from hf_paged.hf.verify import verify
+from hf_paged.hf.verify import try_fusion, verify
+from hf_paged.hf.weights import structure
+from hf_paged.protocols import AttentionBackend
 from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, RequestOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class Built:
-    """An engine, and the plugins that hear of its end."""
+    """An engine, and the plugins that hear of its end.
+
+    Attributes:
+        fusion: the fused forwards of its steps, or None.
+        unfused: why there are none, or None.
+    """
 
     engine: Engine
     info: EngineInfo
     manager: pluggy.PluginManager
+    fusion: Fusion | None = None
+    unfused: str | None = None
 
     def close(self, error: BaseException | None = None) -> None:
         """Close the engine and tell the plugins."""
@@ -31,7 +47,10 @@ class Built:
         self.tell_stopped(error)
 
     def tell_stopped(self, error: BaseException | None = None) -> None:
-        """Tell the plugins that the engine, which its driver closes, has stopped."""
+        """Tell the plugins that the engine, which its driver closes, has stopped; take its fused forwards off."""
+        if self.fusion is not None:
+            release(self.fusion)
+            self.fusion = None
         plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
 
 
@@ -74,15 +93,60 @@ def build(
         seed=seed,
     )
     admission.engine = weakref.ref(engine)
-    verify(model, flat, backend, config.block_size)  # what is wrong with an option is said before
+    # What is wrong with an option is said before.
+    unfused = _fuse(model, flat, backend, config)
+    try:
+        unfused = _verify(model, flat, backend, config) or unfused
+    except BaseException:
+        _unfuse(flat)
+        raise
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
-    built = Built(engine, info, manager)
+    built = Built(engine, info, manager, flat.fusion, unfused)
     try:
         plugins.call(manager, "engine_started", info=info)
     except BaseException as error:
         built.close(error)
         raise
     return built
+
+
+def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
+    """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None."""
+    kernels = getattr(backend, "kernels", None)
+    if kernels is None or not config.fusions:
+        return "the attention backend has no kernels for it" if config.fusions else "fusions=False"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    flat.fusion = acquire(model, flat.layers, kernels, structure(model))
+    try:
+        if flat.fusion.in_trial:
+            try_fusion(model, flat, backend, config.block_size)
+            flat.fusion.end_trial()
+    except Exception as error:
+        logger.warning("%s runs unfused, for a trial of its fused layers failed: %s", type(model).__name__, error)
+        _unfuse(flat)
+        return f"a trial failed: {type(error).__name__}: {error}"
+    return None
+
+
+def _unfuse(flat: FlatModel) -> None:
+    if flat.fusion is not None:
+        release(flat.fusion)
+        flat.fusion = None
+
+
+def _verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
+    """Prove the model; if it fails with fused forwards, without them. Returns why these were taken off, or None."""
+    try:
+        verify(model, flat, backend, config.block_size)
+    except UnsupportedModelError as error:
+        if flat.fusion is None:
+            raise
+        logger.warning("%s runs unfused, for with its fused layers %s", type(model).__name__, error)
+        _unfuse(flat)
+        verify(model, flat, backend, config.block_size)
+        return str(error)
+    return None
 
 
 class _Admission:

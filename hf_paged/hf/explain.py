@@ -23,6 +23,7 @@ class Explanation:
         backend: the attention backend's name, or None.
         spec: its attention layers, or None.
         patched: whether it is patched at the moment.
+        fused: what fused kernels do for it, or why they do nothing, a line each.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Explanation:
     backend: str | None
     spec: CacheSpec | None
     patched: bool
+    fused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.model}: path {self.path}" + (", patched" if self.patched else "")]
@@ -42,6 +44,7 @@ class Explanation:
                 layers = sum(layer.window == window for layer in self.spec.layers)
                 kind = "full attention" if window is None else f"sliding window of {window} tokens"
                 lines.append(f"  {layers} layers with {kind}: {self.spec.token_bytes(group):,} bytes of KV a token")
+        lines += [f"  {line}" for line in self.fused]
         return "\n".join(lines)
 
 
@@ -57,13 +60,15 @@ def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
     """
     inner = unwrap(model)
     name, handle = type(inner).__name__, patched(inner)
-    trial = PatchedModel(inner, config or (handle.config if handle is not None else PagedConfig()))
+    wanted = config or (handle.config if handle is not None else PagedConfig())
+    trial = PatchedModel(inner, wanted)
     try:
         if trial.reason is not None:
             raise UnsupportedModelError(trial.reason)
         built, _ = trial.engine()
         backend, spec = built.info.attention_backend, built.engine.model.spec
-        return Explanation(name, "flat", None, backend, spec, handle is not None)
+        fused = tuple(built.fusion.report()) if built.fusion is not None else (f"not fused: {built.unfused}",)
+        return Explanation(name, "flat", None, backend, spec, handle is not None, fused)
     except UnsupportedModelError as error:
         return Explanation(name, "stock", str(error), None, None, handle is not None)
     finally:

@@ -6,10 +6,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_paged.hf.attention import PagedStep, stepping, switched
+from hf_paged.hf.attention import PagedStep, SeenLayer, stepping, switched
+from hf_paged.hf.fusion.fusion import Fusion
 from hf_paged.hf.weights import WeightWatch
 from hf_paged.protocols import LayerPlan
 from hf_paged.types import Batch, CacheSpec
@@ -21,17 +21,20 @@ class FlatModel:
     Args:
         model: the live module.
         spec: what its attention layers keep.
-        modules: its attention modules, in the order in which they call.
+        layers: its attention layers, in the order in which they call.
         configs: the configs that name its attention.
         num_logits: columns of its logits, which need not be as many as its embeddings.
         max_positions: tokens that its positions reach, or None.
+
+    Attributes:
+        fusion: the fused forwards that serve it, or None.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         spec: CacheSpec,
-        modules: Sequence[nn.Module],
+        layers: Sequence[SeenLayer],
         configs: Sequence[Any],
         num_logits: int,
         max_positions: int | None,
@@ -40,8 +43,10 @@ class FlatModel:
         self.max_positions = max_positions
         self.num_logits = num_logits
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.layers = layers
+        self.fusion: Fusion | None = None
         self._model = model
-        self._modules = modules
+        self._modules = [layer.module for layer in layers]
         self._configs = configs
         self._keeps_logits = model._supports_logits_to_keep()
         self._weights = WeightWatch(model)
@@ -53,13 +58,15 @@ class FlatModel:
             batch.input_ids,
             batch.positions,
             batch.logits_indices,
-            PagedStep(plan, self._modules),
+            PagedStep(plan, self._modules, self.fusion),
             self._configs,
             keeps_logits=self._keeps_logits,
         )
 
     def fingerprint(self) -> Hashable:
         """See `PagedModel.fingerprint`."""
+        if self.fusion is not None:
+            self.fusion.rebind()
         return self._weights.fingerprint()
 
     def addresses(self) -> Hashable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,22 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_paged.errors import UnsupportedModelError
-from hf_paged.hf.attention import PagedStep
+from hf_paged.hf.attention import PagedStep, SeenLayer
 from hf_paged.hf.model import FlatModel, flat_forward
 from hf_paged.types import CacheSpec, LayerSpec
 
 CARRIED_LAYERS = {"full_attention", "sliding_attention"}
 # Their rotary frequencies depend on the longest row of a batch, so what a row's keys are depends on its neighbours.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
-@dataclasses.dataclass
-class SeenLayer:
-    """One attention call of the forward in which a model was looked at."""
-
-    module: nn.Module
-    spec: LayerSpec
-    dtype: torch.dtype
 
 
 class _Look(PagedStep):
@@ -68,7 +58,7 @@ class _Look(PagedStep):
         if mask is not None:
             window = _window_of(self._function_of(mask))
         spec = LayerSpec(query.shape[1], key.shape[1], query.shape[3], value.shape[3], window)
-        self.layers.append(SeenLayer(module, spec, _kept_dtype(key)))
+        self.layers.append(SeenLayer(module, spec, _kept_dtype(key), scale, softcap, sinks))
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
     def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
@@ -101,8 +91,7 @@ def flat_model(model: nn.Module) -> FlatModel:
     device = carried.get_input_embeddings().weight.device
     spec = CacheSpec(tuple(layer.spec for layer in look.layers), look.layers[0].dtype, device)
     positions = getattr(config, "max_position_embeddings", None)
-    modules = [layer.module for layer in look.layers]
-    return FlatModel(carried, spec, modules, configs, look.num_logits, positions)
+    return FlatModel(carried, spec, look.layers, configs, look.num_logits, positions)
 
 
 def unwrap(model: Any) -> Any:

@@ -27,6 +27,7 @@ ROWS = (5, 11)  # prompt lengths; a chunk of 4 splits both
 LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that they are seen to slide
 LONGEST_BLOCK = 64  # shorter blocks likewise, so that a row is seen to have several
 NEW = 3
+TRIAL_ROW = 8
 
 
 def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
@@ -62,6 +63,15 @@ def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, b
             )
 
 
+def try_fusion(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
+    """Have each fused layer of `flat` compared with its own forward, in a chunk, a chunk over a prefix, and a decode step.
+
+    Raises:
+        whatever a kernel raises.
+    """
+    _paged(flat, backend, _prompts(model, flat.vocab_size, (TRIAL_ROW,)), block_size)
+
+
 class _Recorder:
     """A greedy sampler that keeps the logits."""
 
@@ -94,7 +104,11 @@ def _paged(
     """The logits that chose each new token, and the rows with those tokens."""
     blocks = sum(-(-(len(row) + NEW) // block_size) + 1 for row in rows)
     config = PagedConfig(
-        block_size=block_size, num_blocks=blocks, max_num_batched_tokens=4 + len(rows), enable_prefix_caching=False
+        block_size=block_size,
+        num_blocks=blocks,
+        max_num_batched_tokens=4 + len(rows),
+        enable_prefix_caching=False,
+        enforce_eager=True,
     )
     engine, recorder = Engine(flat, backend, config), _Recorder()
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
+from hf_paged.hf.fusion.forward import FusedForward
+
 SAMPLES = 8  # elements looked at of each parameter
 # Options of a config, by parts of their names, and attributes of modules that say how attention is computed.
 CONFIG_PARTS = ("window", "layer_type", "softcap", "rope", "scal", "multiplier", "chunk", "causal")
@@ -71,7 +73,7 @@ def structure(model: nn.Module) -> Hashable:
     for module in modules:
         own = vars(module)
         options += [(name, repr(own[name])) for name in MODULE_OPTIONS & own.keys()]
-        if "forward" in own:
+        if "forward" in own and not isinstance(own["forward"], FusedForward):
             options.append(("forward", str(id(own["forward"]))))
     return kinds, tuple(map(id, modules)), tuple(_hooks(modules)), hash(tuple(options))
 

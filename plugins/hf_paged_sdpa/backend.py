@@ -19,6 +19,8 @@ class SDPABackend:
     """See the package."""
 
     prefer_runs = True
+    captures = False
+    kernels = None
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Heads first: tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""

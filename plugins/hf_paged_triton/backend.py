@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_paged.protocols import KVCache, LayerPlan
 from hf_paged.types import Batch
+from hf_paged_triton.kernels import TritonKernels
 from hf_paged_triton.plan import TritonPlan
 
 
@@ -11,6 +12,8 @@ class TritonBackend:
     """See the package."""
 
     prefer_runs = False
+    captures = True
+    kernels = TritonKernels()
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Blocks first, then tokens: a token's heads lie side by side, as the cache write and the copy engine want."""

@@ -45,7 +45,48 @@ class TritonPlan:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
+        with self._on_device:
+            kernels.write_cache(key, value, keys, values, self._slots[self._groups[layer]])
+            return self._attend(layer, query, key, value, scale, softcap, sinks)
+
+    def run_rotary(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `RotaryPlan.run_rotary`."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        # Fresh rows read their keys where they are; all others from the cache.
+        rotated: dict[str, Any] = {"key_out": key} if self._fresh else {}
+        with self._on_device:
+            kernels.write_cache(
+                key, value, keys, values, self._slots[self._groups[layer]],
+                query=query, cos=cos, sin=sin, interleaved=interleaved, **rotated,
+            )  # fmt: skip
+            return self._attend(layer, query, key, value, scale, softcap, sinks)
+
+    def _attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention over what is in the cache by now."""
         spec, group = self._layers[layer], self._groups[layer]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = query.new_empty(*query.shape[:2], spec.value_head_dim)
         options: dict[str, Any] = {
             "scale": scale,
@@ -53,19 +94,17 @@ class TritonPlan:
             "softcap": softcap or 0.0,
             "sinks": sinks,
         }
-        with self._on_device:
-            kernels.write_cache(key, value, keys, values, self._slots[group])
-            if rows := self._decode:
-                own, tables, workspace = rows.tokens, rows.block_tables[group], self._workspaces[spec]
-                given = (query[own], keys, values, tables, rows.seq_lens, workspace)
-                kernels.decode_attention(*given, out=out[own], planned=True, **options)
-            if rows := self._paged:
-                own, starts = rows.tokens, rows.query_start_loc
-                lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
-                kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
-            if rows := self._fresh:
-                own, starts = rows.tokens, rows.query_start_loc
-                kernels.prefill_attention(query[own], key[own], value[own], starts, out=out[own], **options)
+        if rows := self._decode:
+            own, tables, workspace = rows.tokens, rows.block_tables[group], self._workspaces[spec]
+            given = (query[own], keys, values, tables, rows.seq_lens, workspace)
+            kernels.decode_attention(*given, out=out[own], planned=True, **options)
+        if rows := self._paged:
+            own, starts = rows.tokens, rows.query_start_loc
+            lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
+            kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
+        if rows := self._fresh:
+            own, starts = rows.tokens, rows.query_start_loc
+            kernels.prefill_attention(query[own], key[own], value[own], starts, out=out[own], **options)
         return out
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn import functional
 
-from hf_paged.types import Batch, Scheduled
+from hf_paged.types import Batch
 
 TABLE_STEP = 16
 
@@ -40,10 +38,7 @@ def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | N
     Returns:
         Decode rows, rows between, fresh rows; each None if there are none.
     """
-    rows = batch.rows
-    decode = _leading(rows, lambda row: row.count == 1)
-    fresh = len(rows) - _leading(reversed(rows[decode:]), lambda row: row.start == 0)
-    starts = list(itertools.accumulate((row.count for row in rows), initial=0))
+    decode, fresh, starts = batch.num_decode, batch.fresh_from, batch.row_starts
 
     def stretch(first: int, last: int) -> Stretch | None:
         if first == last:
@@ -52,18 +47,15 @@ def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | N
             slice(starts[first], starts[last]),
             # Copies, unless they begin where the batch's begin: an address that 16 does not divide is another kernel
             # to Triton, which compiles it in the middle of a run.
-            batch.query_start_loc[first : last + 1] - starts[first],
+            batch.query_start_loc[first : last + 1] - starts[first] if first else batch.query_start_loc[: last + 1],
             batch.seq_lens[first:last].clone() if first else batch.seq_lens[:last],
             [_table(table[first:last]) for table in batch.block_tables],
         )
 
-    return stretch(0, decode), stretch(decode, fresh), stretch(fresh, len(rows))
+    return stretch(0, decode), stretch(decode, fresh), stretch(fresh, len(starts) - 1)
 
 
 def _table(table: torch.Tensor) -> torch.Tensor:
-    """A copy whose width is a multiple of 16, for the same reason; columns that are added name the null block."""
-    return functional.pad(table, (0, -table.shape[1] % TABLE_STEP))
-
-
-def _leading(rows: Iterable[Scheduled], holds: Callable[[Scheduled], bool]) -> int:
-    return sum(1 for _ in itertools.takewhile(holds, rows))
+    """The table with a width that is a multiple of 16, for the same reason; new columns name the null block."""
+    missing = -table.shape[1] % TABLE_STEP
+    return functional.pad(table, (0, missing)) if missing else table

@@ -1,0 +1,1 @@
+"""Fused forwards for the engine's steps: found by structure, verified, reversible."""

@@ -1,0 +1,186 @@
+"""Fusion: the fused forwards of one model, put on and taken off as one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_paged.hf.attention import SeenLayer
+from hf_paged.hf.fusion.forward import FusedForward, HeadForward, LayerForward, NormForward
+from hf_paged.hf.fusion.layer import ROTATIONS, FusedLayer
+from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain, is_untouched
+from hf_paged.hf.fusion.parts import WIRINGS, find_attention, find_mlp, find_norm
+from hf_paged.ledger import Ledger
+from hf_paged.protocols import Kernels
+
+
+class Fusion:
+    """What is fused of a model.
+
+    Args:
+        model: the live module.
+        layers: its attention layers, as they were seen.
+        kernels: what the fused forwards launch.
+        key: what the model was looked at with; see `shared`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable) -> None:
+        self.key = key
+        self.users = 0
+        self._kernels = kernels
+        self._ledger = Ledger()
+        self._merged: list[MergedLinear] = []
+        self._layers: list[LayerForward] = []
+        self._norms = 0
+        self._head = False
+        self._device = model.device
+        try:
+            self._install(model, layers)
+            self._give_back()
+        except BaseException:
+            self.undo()
+            raise
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    # ----------------------------------------------------------------------------------------------------------- on, off
+
+    def _install(self, model: PreTrainedModel, layers: Sequence[SeenLayer]) -> None:
+        self._ledger.set_attribute(model, _PLACE, self)
+        shared, parents = holders(model), _parents(model)
+        inside: set[nn.Module] = set()
+        for index, seen in enumerate(layers):
+            layer = parents.get(seen.module)
+            candidates = self._candidates(layer, seen, index, shared) if layer is not None else []
+            if layer is not None and candidates:
+                forward = LayerForward(layer, self, candidates)
+                self._layers.append(forward)
+                self._put(forward)
+                inside.update(layer.modules())
+        for module in model.modules():
+            norm = find_norm(module, self._kernels) if module not in inside else None
+            if norm is not None:
+                self._norms += 1
+                self._put(NormForward(module, self, self._kernels, norm))
+        head = model.get_output_embeddings()
+        # Tied weights are read here and never moved, so that they may be shared.
+        if isinstance(head, nn.Linear) and is_plain(head, Counter({id(p): 1 for p in head.parameters()})):
+            self._head = True
+            self._put(HeadForward(head, self, self._kernels))
+
+    def _candidates(self, layer: nn.Module, seen: SeenLayer, index: int, shared: Counter[int]) -> list[FusedLayer]:
+        """The ways in which a layer may be computed; none, where its parts are not known."""
+        if not is_untouched(layer):
+            return []
+        parts = {
+            name: part
+            for name, part in layer._modules.items()
+            if part is not None and part is not seen.module and not isinstance(part, (nn.Dropout, nn.Identity))
+        }
+        norms = {name: norm for name, part in parts.items() if (norm := find_norm(part, self._kernels)) is not None}
+        rest = [part for name, part in parts.items() if name not in norms]
+        wirings = [wiring for wiring in WIRINGS if wiring.names == norms.keys()]
+        if len(rest) != 1 or not wirings:
+            return []
+        attention = find_attention(seen, index, self._kernels, shared)
+        if attention is None:
+            return []
+        mlp = find_mlp(rest[0], shared)
+        self._merged += [attention.qkv, *([mlp.gate_up] if mlp is not None else [])]
+        multiplier = float(getattr(layer, "residual_multiplier", 1.0))
+        return [
+            FusedLayer(self._kernels, attention, mlp or rest[0], wiring, norms, rotation, multiplier)
+            for wiring, rotation in itertools.product(wirings, ROTATIONS)
+        ]
+
+    def _put(self, forward: FusedForward) -> None:
+        self._ledger.set_attribute(forward.module, "forward", forward)
+
+    def undo(self) -> None:
+        """Take everything off: the modules' own forwards, a storage of its own for each parameter."""
+        self._ledger.undo()
+        while self._merged:
+            self._merged.pop().restore()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Let the memory of replaced weights be had for tensors of any size, such as the KV pool's."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rebind(self) -> None:
+        """Merge again what was taken apart: parameters that were given other storage."""
+        for merged in self._merged:
+            if not merged.intact:
+                merged.bind()
+
+    # ------------------------------------------------------------------------------------------------------------- trial
+
+    def end_trial(self) -> None:
+        """From now on the fused forwards serve; layers that a trial step has not seen agree run as they are."""
+        for forward in self._layers:
+            forward.trial = False
+
+    @property
+    def in_trial(self) -> bool:
+        """Whether a trial step has still to tell which of its forwards agree."""
+        return any(forward.trial for forward in self._layers)
+
+    def report(self) -> Iterator[str]:
+        """What is fused, and what is not and why, a line each."""
+        served = [forward for forward in self._layers if forward.rejected is None]
+        if served:
+            gated = sum(forward.gated for forward in served)
+            yield f"{len(served)} layers fused: merged products, norms, rotation with cache write; {gated} gated MLPs"
+        reasons = Counter(f.rejected for f in self._layers if f.rejected is not None)
+        yield from (f"{count} layers run as they are: {reason}" for reason, count in reasons.items())
+        if self._norms:
+            yield f"{self._norms} norms fused"
+        if self._head:
+            yield "output head fused"
+
+
+def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The module that each module is a direct part of."""
+    return {child: parent for parent in model.modules() for child in parent.children()}
+
+
+_lock = threading.Lock()
+_PLACE = "_hf_paged_fusion"  # where a model holds its fusion: what holds the model in turn must go with it
+
+
+def acquire(model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable) -> Fusion:
+    """The fusion of a model, shared by its engines until each has released it.
+
+    Args:
+        key: what the model was looked at with; a fusion of another key is void.
+    """
+    with _lock:
+        found: Fusion | None = vars(model).get(_PLACE)
+        if found is not None and found.key != key:
+            found.undo()
+            found = None
+        if found is None:
+            found = Fusion(model, layers, kernels, key)
+        found.users += 1
+        return found
+
+
+def release(fusion: Fusion) -> None:
+    """Give a fusion back; the last engine's release takes it off."""
+    with _lock:
+        fusion.users -= 1
+        if fusion.users == 0:
+            fusion.undo()
+
+
+def _nothing() -> None:
+    """What a copy of a model has in place of its fusion."""

@@ -1,0 +1,69 @@
+"""What stands around attention in a decoder layer, by the faster of the kernels and torch's own products."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+import hf_paged_kernels as kernels
+from hf_paged.protocols import Norm
+
+
+class TritonKernels:
+    """See `hf_paged.protocols.Kernels`."""
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `Kernels.norm`."""
+        weight, eps, gemma = norm
+        return kernels.rms_norm(x, weight, eps=eps, gemma=gemma)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device, norm=norm is not None):
+            return kernels.linear(x, weight, bias=bias, **_normed(norm))
+        return functional.linear(x if norm is None else self.norm(x, norm), weight, bias)
+
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
+        """See `Kernels.gated`."""
+        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device, norm=norm is not None, gate=True):
+            return kernels.linear(x, weight, gate=kind, **_normed(norm))
+        gate, up = functional.linear(x if norm is None else self.norm(x, norm), weight).chunk(2, -1)
+        return kernels.gated_activation(gate, up, kind=kind)
+
+    def add_linear(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """See `Kernels.add_linear`."""
+        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device):
+            kernels.linear(x, weight, bias=bias, residual=total, out=total)
+            return
+        total.addmm_(x, weight.t())
+        if bias is not None:
+            total.add_(bias)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `SamplingKernels.argmax`."""
+        return kernels.argmax(logits)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        *,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `SamplingKernels.sample`."""
+        return kernels.sample(
+            logits, temperature=temperature, seeds=seeds, positions=positions, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+
+
+def _normed(norm: Norm | None) -> dict[str, object]:
+    """A norm as the kernels take it."""
+    return {} if norm is None else {"norm_weight": norm[0], "eps": norm[1], "gemma": norm[2]}
