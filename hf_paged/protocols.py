@@ -86,8 +86,16 @@ class AttentionBackend(Protocol):
     """
 
     prefer_runs: bool
-    kernels: Kernels | None
-    captures: bool
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """See the class."""
+        ...
+
+    @property
+    def captures(self) -> bool:
+        """See the class."""
+        ...
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """The shape of one layer's key (or value) pool, and the dimension in it that counts blocks."""

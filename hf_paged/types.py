@@ -266,6 +266,28 @@ class Step:
         return sum(row.count for row in self.rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The size of a batch that a CUDA graph serves: `decode` rows of one token, then `prompts` rows of any number.
+
+    A batch that has fewer is padded: with decode rows of length 0, rows without tokens, and tokens behind the last row,
+    none of which has a slot. The logits are those of each row's last token.
+
+    Attributes:
+        decode, prompts: rows.
+        tokens: all of them, those of the decode rows counted.
+    """
+
+    decode: int
+    tokens: int
+    prompts: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of both kinds."""
+        return self.decode + self.prompts
+
+
 @dataclasses.dataclass
 class Batch:
     """The tensors of one forward: T tokens of R rows, end to end, prefill and decode mixed.
@@ -282,8 +304,8 @@ class Batch:
         row_starts: `query_start_loc` on the host.
         num_decode: leading rows of one token.
         fresh_from: the first of the last rows, those that read no key of an earlier step.
-        padded: whether rows of length 0 and without slots follow those of `rows`, for a graph of more rows; R counts
-            them then, and every row of `rows` is a decode row.
+        sampling: the rows of `rows` that sample, each with its row of the logits.
+        layout: the size that it was padded to, for a graph; None: it has the step's own.
     """
 
     rows: Sequence[Scheduled]
@@ -297,7 +319,8 @@ class Batch:
     row_starts: Sequence[int]
     num_decode: int
     fresh_from: int
-    padded: bool = False
+    sampling: Sequence[tuple[Scheduled, int]] = ()
+    layout: Layout | None = None
 
 
 @dataclasses.dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from hf_paged.engine.staging import Staging
-from hf_paged.types import Batch, Request, Scheduled, Step
+from hf_paged.types import Batch, Layout, Request, Scheduled, Step
 
 WIDTH_STEP = 16  # so that every row of a table begins where loads of 16 bytes may
 
@@ -24,51 +24,44 @@ class BatchBuilder:
 
     def __init__(self, block_size: int, num_groups: int, device: torch.device) -> None:
         self._block_size = block_size
-        self._num_groups = num_groups
+        self._groups = range(num_groups)
         self._staging = Staging(device)
 
     def build(
         self,
         step: Step,
         *,
-        padded_rows: int | None = None,
+        layout: Layout | None = None,
         chosen: torch.Tensor | None = None,
         places: Mapping[Request, int] | None = None,
     ) -> Batch:
         """The tensors of a step; see `Batch` for their shapes.
 
         Args:
-            padded_rows: how many rows the batch shall have; None: those of the step.
+            layout: the size that the batch shall have; None: the step's own.
             chosen: int64 [n], tokens of the step before that the host doesn't know yet.
             places: for each request whose last token is among them, its index there.
         """
-        rows, missing = step.rows, (padded_rows or len(step.rows)) - len(step.rows)
-        counts = np.array([row.count for row in rows] + [1] * missing, np.int64)
-        first = np.array([row.start for row in rows] + [-1] * missing, np.int64)
-        ends = np.concatenate([[0], counts.cumsum()])
-        row_of = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(ends[-1]) + (first - ends[:-1])[row_of]
-        tables = [
-            _padded([row.request.tables[group] for row in rows] + [[]] * missing) for group in range(self._num_groups)
-        ]
-        fed = _fed(rows, ends, places) if places else []
-        num_decode = next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
+        padded = _Padded(step.rows, layout)
+        positions = padded.positions
+        tables = [_padded([row.request.tables[group] if row else () for row in padded.rows]) for group in self._groups]
+        fed = [(end - 1, places[row.request]) for row, end in padded.ends_of_rows() if not row.known] if places else []
+        sampling = padded.sampling() if layout is not None else _sampling(step.rows)
         wide = [
-            _token_ids(rows, missing),
+            padded.token_ids(),
             np.maximum(positions, 0),
-            *(self._slots(table, row_of, positions) for table in tables),
-            np.array(_logits_indices(rows, ends.tolist()), np.int64),
+            *(self._slots(table, padded.row_of, positions) for table in tables),
+            np.array(padded.last_tokens() if layout is not None else _logits_indices(padded), np.int64),
             np.array(fed, np.int64).reshape(-1, 2).T,
         ]
-        narrow = [ends.astype(np.int32), (first + counts).astype(np.int32), *tables]
-        moved = self._staging.send([*wide, *narrow])
-        input_ids, where, *slots = moved[: 2 + self._num_groups]
-        logits_indices, fed_pairs, starts, seq_lens, *block_tables = moved[2 + self._num_groups :]
+        moved = self._staging.send([*wide, padded.starts.astype(np.int32), padded.lengths.astype(np.int32), *tables])
+        input_ids, where, *slots = moved[: 2 + len(self._groups)]
+        logits_indices, fed_pairs, starts, seq_lens, *block_tables = moved[2 + len(self._groups) :]
         if fed:
             assert chosen is not None
             input_ids[fed_pairs[0]] = chosen[fed_pairs[1]]
         return Batch(
-            rows=rows,
+            rows=step.rows,
             input_ids=input_ids,
             positions=where,
             query_start_loc=starts,
@@ -76,10 +69,11 @@ class BatchBuilder:
             slot_mapping=slots,
             block_tables=block_tables,
             logits_indices=logits_indices,
-            row_starts=ends.tolist(),
-            num_decode=num_decode + missing,
-            fresh_from=_fresh_from(rows, num_decode) + missing,
-            padded=padded_rows is not None,
+            row_starts=padded.starts.tolist(),
+            num_decode=padded.decode,
+            fresh_from=_fresh_from(padded),
+            sampling=sampling,
+            layout=layout,
         )
 
     def _slots(self, table: np.ndarray, row_of: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -89,24 +83,95 @@ class BatchBuilder:
         return np.where(positions < 0, -1, slots)
 
 
-def _fed(rows: Sequence[Scheduled], ends: np.ndarray, places: Mapping[Request, int]) -> list[tuple[int, int]]:
-    """Where the tokens go that the host doesn't know, and where they come from."""
-    lasts = zip(rows, ends[1:].tolist(), strict=True)
-    return [(end - 1, places[row.request]) for row, end in lasts if not row.known]
+class _Padded:
+    """A step's rows with those that its layout adds, which are None.
+
+    Attributes:
+        rows: decode rows first.
+        decode: how many of them are decode rows.
+        starts: int64 [rows + 1], where each row's tokens begin.
+        lengths: int64 [rows], tokens of each row that have keys after the step.
+        row_of: int64 [T], the row of each token; the last one's for tokens behind it.
+        positions: int64 [T], in the token's own sequence; -1 for tokens that are added.
+    """
+
+    def __init__(self, rows: Sequence[Scheduled], layout: Layout | None) -> None:
+        decode = leading_decode_rows(rows)
+        layout = layout or Layout(decode, sum(row.count for row in rows), len(rows) - decode)
+        self.decode = layout.decode
+        self.rows: list[Scheduled | None] = [*rows[:decode], *[None] * (layout.decode - decode), *rows[decode:]]
+        self.rows += [None] * (layout.rows - len(self.rows))
+        counts = [row.count if row else int(at < layout.decode) for at, row in enumerate(self.rows)]
+        first = np.array([row.start if row else -1 for row in self.rows], np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.lengths = np.where(first < 0, 0, first + counts)
+        behind = layout.tokens - int(self.starts[-1])
+        row_of = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(row_of)) + (first - self.starts[:-1])[row_of]
+        self.row_of = np.concatenate([row_of, np.full(behind, len(counts) - 1)])
+        self.positions = np.concatenate([positions, np.full(behind, -1)])
+
+    def token_ids(self) -> np.ndarray:
+        """int64 [T]; 0 where the host doesn't know a token, and for those that are added."""
+        ids: list[int] = []
+        for at, row in enumerate(self.rows):
+            if row is None:
+                ids += [0] * (at < self.decode)
+            elif row.count == 1:
+                ids.append(row.request.token_ids[row.start] if row.known else 0)
+            else:
+                ids += row.request.token_ids[row.start : row.end]
+                ids += [0] * (not row.known)
+        return np.array(ids + [0] * (len(self.row_of) - len(ids)), np.int64)
+
+    def ends_of_rows(self) -> Iterator[tuple[Scheduled, int]]:
+        """The step's rows, each with one past its last token."""
+        for row, end in zip(self.rows, self.starts[1:].tolist(), strict=True):
+            if row is not None:
+                yield row, end
+
+    def last_tokens(self) -> np.ndarray:
+        """int64 [rows], the last token of each; the first token's for rows that have none."""
+        return np.maximum(self.starts[1:] - 1, 0)
+
+    def sampling(self) -> list[tuple[Scheduled, int]]:
+        """The rows that sample, each with its row of the logits."""
+        return [(row, at) for at, row in enumerate(self.rows) if row is not None and row.samples]
 
 
-def _token_ids(rows: Sequence[Scheduled], missing: int) -> np.ndarray:
-    """The tokens of the rows; 0 where the host doesn't know one, and for each row that is missing."""
-    ids: list[int] = []
+def leading_decode_rows(rows: Sequence[Scheduled]) -> int:
+    """How many rows of one token there are before any other."""
+    return next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
+
+
+def _fresh_from(padded: _Padded) -> int:
+    """The first of the last rows, those behind the decode rows that begin with this step."""
+    fresh = len(padded.rows)
+    while fresh > padded.decode and (row := padded.rows[fresh - 1]) is not None and row.start == 0:
+        fresh -= 1
+    return fresh
+
+
+def _logits_indices(padded: _Padded) -> list[int]:
+    """The last token of each row that samples; every token of a row whose prompt's log-probabilities are wanted."""
+    indices: list[int] = []
+    for row, end in padded.ends_of_rows():
+        if wants_prompt_logprobs(row):
+            indices.extend(range(end - row.count, end))
+        elif row.samples:
+            indices.append(end - 1)
+    return indices
+
+
+def _sampling(rows: Sequence[Scheduled]) -> list[tuple[Scheduled, int]]:
+    """The rows that sample, each with its row of the logits, where these are as `_logits_indices` has them."""
+    found, index = [], 0
     for row in rows:
-        known = row.request.token_ids
-        if row.count == 1:
-            ids.append(known[row.start] if row.known else 0)
-        else:
-            ids += known[row.start : row.end]
-            if not row.known:
-                ids.append(0)
-    return np.array(ids + [0] * missing, np.int64)
+        index += row.count - row.samples if wants_prompt_logprobs(row) else 0
+        if row.samples:
+            found.append((row, index))
+            index += 1
+    return found
 
 
 def table_width(num_tokens: int, block_size: int) -> int:
@@ -120,25 +185,6 @@ def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return padded
-
-
-def _fresh_from(rows: Sequence[Scheduled], num_decode: int) -> int:
-    """The first of the last rows, those behind the decode rows that begin with this step."""
-    fresh = len(rows)
-    while fresh > num_decode and rows[fresh - 1].start == 0:
-        fresh -= 1
-    return fresh
-
-
-def _logits_indices(rows: Sequence[Scheduled], ends: Sequence[int]) -> list[int]:
-    """The last token of each row that samples; every token of a row whose prompt's log-probabilities are wanted."""
-    indices: list[int] = []
-    for row, begin, end in zip(rows, ends, ends[1:], strict=False):
-        if wants_prompt_logprobs(row):
-            indices.extend(range(begin, end))
-        elif row.samples:
-            indices.append(end - 1)
-    return indices
 
 
 def wants_prompt_logprobs(row: Scheduled) -> bool:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hf_paged.engine.batch import wants_prompt_logprobs
 from hf_paged.engine.flight import ChosenTokens, Flight
 from hf_paged.engine.sampler import BatchSampler, needs_history
 from hf_paged.protocols import LogitsProcessor, TokenSampler
-from hf_paged.types import Request, Sampled, Scheduled
+from hf_paged.types import Batch, Request, Sampled
 
 Choice = tuple[list[Request], torch.Tensor, "Sampled | Exception"]
 
@@ -35,20 +34,21 @@ class Chooser:
         plain = params.logprobs is None and params.prompt_logprobs is None and not needs_history(request)
         return self._ahead and request.sampler is None and plain
 
-    def launch(self, flight: Flight, logits: torch.Tensor) -> None:
+    def launch(self, flight: Flight, batch: Batch, logits: torch.Tensor) -> None:
         """Choose what can be chosen now, and keep the logits that are needed when the step lands.
 
         Args:
-            logits: [S, vocabulary] of the flight's batch; the next forward may overwrite them.
+            batch: the flight's.
+            logits: [S, vocabulary]; the next forward may overwrite them.
         """
-        flight.sampling = _sampled_rows(flight.step.rows)
+        flight.sampling = batch.sampling
         ours = [(row.request, index) for row, index in flight.sampling if row.request.runs_ahead]
         if ours:
             requests = [request for request, _ in ours]
             own = self._processed(requests, _picked(logits, [index for _, index in ours]))
             flight.chosen = ChosenTokens(self._sampler.launch(requests, own))
             flight.places = {request: place for place, request in enumerate(requests)}
-        if len(ours) < len(logits):
+        if len(ours) < (len(logits) if batch.layout is None else len(flight.sampling)):
             flight.logits = logits.clone() if self._ahead else logits
 
     def land(self, flight: Flight) -> Iterator[Choice]:
@@ -83,16 +83,7 @@ class Chooser:
         return logits
 
 
-def _sampled_rows(rows: Sequence[Scheduled]) -> list[tuple[Scheduled, int]]:
-    """The rows that sample, each with its row of the step's logits."""
-    found, index = [], 0
-    for row in rows:
-        index += row.count - row.samples if wants_prompt_logprobs(row) else 0
-        if row.samples:
-            found.append((row, index))
-            index += 1
-    return found
-
-
 def _picked(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
+    if rows and rows[-1] == len(rows) - 1:  # they are in order, so these are the first ones
+        return logits[: len(rows)]
+    return logits[rows]

@@ -179,12 +179,12 @@ class Engine:
         return flight
 
     def _forward(self, step: Step, ahead: Flight | None, began: float) -> Flight:
-        chosen = ahead.chosen.on_device if ahead is not None and ahead.chosen is not None else None
-        batch = self._builder.build(
-            step, padded_rows=self._runner.padded_rows(step), chosen=chosen, places=ahead.places if ahead else None
+        fed = (
+            {} if ahead is None or ahead.chosen is None else {"chosen": ahead.chosen.on_device, "places": ahead.places}
         )
+        batch = self._builder.build(step, layout=self._runner.layout(step), **fed)
         flight = Flight(step, began)
-        self._chooser.launch(flight, self._runner.forward(step, batch, self.pool.cache))
+        self._chooser.launch(flight, batch, self._runner.forward(step, batch, self.pool.cache))
         return flight
 
     def _land(self, flight: Flight) -> None:

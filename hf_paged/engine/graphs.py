@@ -1,32 +1,40 @@
-"""CUDA graphs of decode steps: captured once for a number of rows, replayed for any batch of as many or fewer.
+"""CUDA graphs of steps: captured once for a layout, replayed for any batch that it can be padded to.
 
 A graph reads tokens, positions, lengths, slots and block tables from tensors that stay where they are; a step copies its
-own into them. Rows that a batch lacks have length 0 and no slot. All graphs share one memory pool, since no two run at
-once.
+own into them. All graphs write their logits to one tensor, and share one memory pool, since no two run at once.
 """
 
 from __future__ import annotations
 
+import bisect
 import gc
 import logging
 from collections import Counter
+from typing import Any
 
 import torch
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.batch import leading_decode_rows
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.protocols import AttentionBackend, PagedModel
-from hf_paged.types import Batch, Step
+from hf_paged.types import Batch, Layout, Step
 
 logger = logging.getLogger(__name__)
 
-SMALL_SIZES = (1, 2, 4, 8, *range(16, 129, 16))
-SIZE_STEP = 32  # beyond these
+# Rows of steps that only decode. Beyond these, every 32nd.
+DECODE_SIZES = (1, 2, 4, 8, *range(16, 129, 16))
+DECODE_STEP = 32
+# Of steps that prefill too: decode rows, tokens of the others, and the most of these. Larger steps keep the device busy
+# for longer than the host takes to launch them one kernel after the other.
+MIXED_DECODE = (0, 16, 64, 128)
+MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
+MIXED_PROMPTS = 16
 # A pool that is given back after each call takes its graphs along: those calls capture what they will use for long.
 PATIENCE = 8
 
 
-class DecodeGraphs:
+class Graphs:
     """The graphs of one engine.
 
     Args:
@@ -39,145 +47,172 @@ class DecodeGraphs:
         self._model = model
         self._backend = backend
         self._width = width
-        self._sizes = sizes_up_to(config.max_num_seqs)
+        self._decode = decode_sizes(config.max_num_seqs)
+        self._mixed = [size for size in MIXED_DECODE if size < config.max_num_seqs] + [self._decode[-1]]
         self._patience = 0 if config.keep_pool else PATIENCE
-        self._wanted: Counter[int] = Counter()
+        self._wanted: Counter[Layout] = Counter()
         self._failed = False
         self.drop()
 
-    def size_for(self, step: Step) -> int | None:
-        """The rows of the graph that will serve a step of decode rows; None: it runs eagerly."""
-        rows = len(step.rows)
-        size = next((size for size in self._sizes if size >= rows), None)
-        if size is None or self._failed:
+    def layout(self, step: Step) -> Layout | None:
+        """The layout of the graph that will serve a step; None: it runs eagerly."""
+        layout = None if self._failed else self._smallest(step)
+        if layout is None:
             return None
-        self._wanted[size] += 1
-        return size if size in self._graphs or self._wanted[size] > self._patience else None
+        self._wanted[layout] += 1
+        return layout if layout in self._graphs or self._wanted[layout] > self._patience else None
 
-    def forward(self, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
-        """Logits [rows of the batch, vocabulary], until the next forward; see `Runner.forward`."""
-        if self._cache_key != cache.key:
-            self.drop()
-            self._cache_key = cache.key
-        size, rows = len(batch.seq_lens), len(batch.rows)
-        if size not in self._graphs:
+    def forward(self, batch: Batch, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
+        """Logits [rows of the layout, vocabulary], until the next forward; see `Runner.forward`."""
+        self._follow(cache)
+        if layout not in self._graphs:
             try:
-                self._capture(size, cache)
+                self._capture(layout, cache)
             except Exception as error:
                 self.drop()
                 self._failed = True
-                logger.warning("decode steps run without CUDA graphs, for capturing one failed: %s", error)
-                return self._model.forward(batch, self._backend.plan(batch, cache))[:rows]
-        graph, logits = self._graphs[size]
-        self._fill(batch)
-        graph.replay()
-        return logits[:rows]
+                logger.warning("steps run without CUDA graphs, for capturing one failed: %s", error)
+                return self._model.forward(batch, self._backend.plan(batch, cache))
+        self._fill(batch, layout)
+        self._graphs[layout].replay()
+        assert self._logits is not None
+        return self._logits[: layout.rows]
 
     def capture_all(self, cache: PagedKVCache) -> None:
-        """Capture the graphs of all sizes, the largest first: the others fit into its memory."""
-        if self._cache_key != cache.key:
-            self.drop()
-            self._cache_key = cache.key
-        for size in reversed(self._sizes):
-            if size not in self._graphs and not self._failed:
-                self._capture(size, cache)
+        """Capture the graphs of all layouts, the largest first: the others fit into its memory."""
+        self._follow(cache)
+        mixed = [Layout(rows, rows + more, MIXED_PROMPTS) for rows in self._mixed for more in MIXED_TOKENS]
+        for layout in [*reversed(mixed), *(Layout(size, size, 0) for size in reversed(self._decode))]:
+            if layout not in self._graphs and not self._failed:
+                self._capture(layout, cache)
 
     def drop(self) -> None:
         """Forget all graphs; those that are wanted are captured anew."""
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[Layout, torch.cuda.CUDAGraph] = {}
         self._inputs: Batch | None = None
-        self._pool: object = None
+        self._logits: torch.Tensor | None = None
+        self._pool: Any = None
         self._cache_key: object = None
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
-    def _capture(self, size: int, cache: PagedKVCache) -> None:
+    def _smallest(self, step: Step) -> Layout | None:
+        """The smallest layout that a step can be padded to."""
+        rows = leading_decode_rows(step.rows)
+        if rows == len(step.rows):
+            size = _at_least(self._decode, rows)
+            return None if size is None else Layout(size, size, 0)
+        decode, tokens = _at_least(self._mixed, rows), _at_least(MIXED_TOKENS, step.num_tokens - rows)
+        if decode is None or tokens is None or len(step.rows) - rows > MIXED_PROMPTS:
+            return None
+        return Layout(decode, decode + tokens, MIXED_PROMPTS)
+
+    def _follow(self, cache: PagedKVCache) -> None:
+        if self._cache_key != cache.key:
+            self.drop()
+            self._cache_key = cache.key
+
+    def _capture(self, layout: Layout, cache: PagedKVCache) -> None:
         if self._inputs is None:
             self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
-        batch = _first_rows(self._inputs, size)
-        device = self._model.spec.device
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        batch = self._emptied(layout)
+        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         side.wait_stream(current)
         collecting = gc.isenabled()
         gc.disable()  # what it frees, it might free in the middle of the capture
         try:
             with torch.cuda.stream(side):
-                batch.seq_lens.zero_()
-                for slots in batch.slot_mapping:
-                    slots.fill_(-1)  # so that the forwards of the capture neither read nor write the cache
-                self._model.forward(batch, self._backend.plan(batch, cache))  # compiles, and sets libraries up
+                # Compiles, and sets libraries up.
+                logits = self._model.forward(batch, self._backend.plan(batch, cache))
+                if self._logits is None:
+                    self._logits = logits.new_empty(self._decode[-1] + MIXED_PROMPTS, logits.shape[1])
+                del logits
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    logits = self._model.forward(batch, self._backend.plan(batch, cache))
+                    self._logits[: layout.rows] = self._model.forward(batch, self._backend.plan(batch, cache))
                 finally:
                     graph.capture_end()
         finally:
             if collecting:
                 gc.enable()
         current.wait_stream(side)
-        self._graphs[size] = graph, logits
+        self._graphs[layout] = graph
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.spec.device
 
     def _make_inputs(self) -> Batch:
-        """The tensors that graphs read."""
-        spec, most = self._model.spec, self._sizes[-1]
+        """The tensors that graphs read, for the largest layout."""
+        rows, tokens = self._decode[-1] + MIXED_PROMPTS, self._decode[-1] + MIXED_TOKENS[-1]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=spec.device)
+            return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        groups = range(len(spec.windows))
+        groups = range(len(self._model.spec.windows))
         return Batch(
             rows=(),
-            input_ids=zeros(most),
-            positions=zeros(most),
-            query_start_loc=torch.arange(most + 1, dtype=torch.int32, device=spec.device),
-            seq_lens=zeros(most, dtype=torch.int32),
-            slot_mapping=[zeros(most) for _ in groups],
-            block_tables=[zeros(most, self._width, dtype=torch.int32) for _ in groups],
-            logits_indices=torch.arange(most, device=spec.device),
-            row_starts=range(most + 1),
-            num_decode=most,
-            fresh_from=most,
+            input_ids=zeros(tokens),
+            positions=zeros(tokens),
+            query_start_loc=zeros(rows + 1, dtype=torch.int32),
+            seq_lens=zeros(rows, dtype=torch.int32),
+            slot_mapping=[zeros(tokens) for _ in groups],
+            block_tables=[zeros(rows, self._width, dtype=torch.int32) for _ in groups],
+            logits_indices=zeros(rows),
+            row_starts=(),
+            num_decode=0,
+            fresh_from=0,
         )
 
-    def _fill(self, batch: Batch) -> None:
-        assert self._inputs is not None
-        size = len(batch.seq_lens)
-        own = _first_rows(self._inputs, size)
-        own.input_ids.copy_(batch.input_ids)
-        own.positions.copy_(batch.positions)
-        own.seq_lens.copy_(batch.seq_lens)
+    def _views(self, layout: Layout) -> Batch:
+        """The parts of the tensors that the graph of a layout reads."""
+        whole, tokens, rows = self._inputs, layout.tokens, layout.rows
+        assert whole is not None
+        return Batch(
+            rows=(),
+            input_ids=whole.input_ids[:tokens],
+            positions=whole.positions[:tokens],
+            query_start_loc=whole.query_start_loc[: rows + 1],
+            seq_lens=whole.seq_lens[:rows],
+            slot_mapping=[slots[:tokens] for slots in whole.slot_mapping],
+            block_tables=[table[:rows] for table in whole.block_tables],
+            logits_indices=whole.logits_indices[:rows],
+            row_starts=[*range(layout.decode + 1), *[tokens] * layout.prompts],
+            num_decode=layout.decode,
+            fresh_from=rows,
+            layout=layout,
+        )
+
+    def _emptied(self, layout: Layout) -> Batch:
+        """The views, with rows of no length and no slots: a forward over them neither reads nor writes the cache."""
+        batch = self._views(layout)
+        for tensor in (batch.input_ids, batch.positions, batch.seq_lens, batch.logits_indices):
+            tensor.zero_()
+        for slots in batch.slot_mapping:
+            slots.fill_(-1)
+        starts = torch.arange(layout.rows + 1, dtype=torch.int32, device=self._device)
+        batch.query_start_loc.copy_(starts.clamp(max=layout.decode))
+        return batch
+
+    def _fill(self, batch: Batch, layout: Layout) -> None:
+        own = self._views(layout)
+        for name in ("input_ids", "positions", "query_start_loc", "seq_lens", "logits_indices"):
+            getattr(own, name).copy_(getattr(batch, name))
         for mine, given in zip(own.slot_mapping, batch.slot_mapping, strict=True):
             mine.copy_(given)
         for mine, given in zip(own.block_tables, batch.block_tables, strict=True):
             mine[:, : given.shape[1]].copy_(given)
 
 
-def logits_rows(most: int) -> int:
-    """Rows of logits that the graphs for up to `most` rows keep, all together."""
-    return sum(sizes_up_to(most))
+def decode_sizes(most: int) -> list[int]:
+    """The numbers of decode rows that have graphs, up to the first that serves `most` rows."""
+    largest = DECODE_SIZES[-1]
+    sizes = [*DECODE_SIZES, *range(largest + DECODE_STEP, most + DECODE_STEP, DECODE_STEP)]
+    return sizes[: bisect.bisect_left(sizes, most) + 1]
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """The numbers of rows that have graphs, up to the first that serves `most` rows."""
-    largest = SMALL_SIZES[-1]
-    sizes = [*SMALL_SIZES, *range(largest + SIZE_STEP, most + SIZE_STEP, SIZE_STEP)]
-    return sizes[: next(i for i, size in enumerate(sizes) if size >= most) + 1]
-
-
-def _first_rows(batch: Batch, size: int) -> Batch:
-    """A batch's first rows, each of one token; its tensors are views."""
-    return Batch(
-        rows=(),
-        input_ids=batch.input_ids[:size],
-        positions=batch.positions[:size],
-        query_start_loc=batch.query_start_loc[: size + 1],
-        seq_lens=batch.seq_lens[:size],
-        slot_mapping=[slots[:size] for slots in batch.slot_mapping],
-        block_tables=[table[:size] for table in batch.block_tables],
-        logits_indices=batch.logits_indices[:size],
-        row_starts=batch.row_starts[: size + 1],
-        num_decode=size,
-        fresh_from=size,
-    )
+def _at_least(sizes: list[int] | tuple[int, ...], least: int) -> int | None:
+    place = bisect.bisect_left(sizes, least)
+    return sizes[place] if place < len(sizes) else None

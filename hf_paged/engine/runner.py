@@ -7,9 +7,9 @@ import torch
 from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import wants_prompt_logprobs
 from hf_paged.engine.cache import PagedKVCache
-from hf_paged.engine.graphs import DecodeGraphs
+from hf_paged.engine.graphs import Graphs
 from hf_paged.protocols import AttentionBackend, PagedModel
-from hf_paged.types import Batch, Step
+from hf_paged.types import Batch, Layout, Step
 
 WIDEST_TABLE = 65_536  # blocks; graphs keep a table of this width for each row
 
@@ -28,12 +28,13 @@ class Runner:
         self._model = model
         self._backend = backend
         captures = model.spec.device.type == "cuda" and getattr(backend, "captures", False) and width <= WIDEST_TABLE
-        self._graphs = DecodeGraphs(model, backend, config, width) if captures and not config.enforce_eager else None
+        self._graphs = Graphs(model, backend, config, width) if captures and not config.enforce_eager else None
 
-    def padded_rows(self, step: Step) -> int | None:
-        """How many rows the batch of a step shall have, for a graph to serve it; None: as many as the step has."""
-        decode = all(row.count == 1 and row.samples and not wants_prompt_logprobs(row) for row in step.rows)
-        return self._graphs.size_for(step) if decode and self._graphs is not None else None
+    def layout(self, step: Step) -> Layout | None:
+        """The size that the batch of a step shall have, for a graph to serve it; None: the step's own."""
+        if self._graphs is None or any(wants_prompt_logprobs(row) for row in step.rows):
+            return None
+        return self._graphs.layout(step)
 
     def forward(self, step: Step, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
         """Logits [S, vocabulary] of the tokens `batch.logits_indices`; keys and values are in the cache after it.
@@ -43,9 +44,9 @@ class Runner:
         # Not inference mode: what the model keeps of its own (rotary tables that grow) must stay usable in training.
         with torch.no_grad():
             cache.copy_blocks(step.copies)
-            if batch.padded:
+            if batch.layout is not None:
                 assert self._graphs is not None
-                return self._graphs.forward(batch, cache)
+                return self._graphs.forward(batch, batch.layout, cache)
             return self._model.forward(batch, self._backend.plan(batch, cache))
 
     def warm_up(self, cache: PagedKVCache) -> None:

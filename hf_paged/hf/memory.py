@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine.graphs import logits_rows
+from hf_paged.engine.graphs import MIXED_PROMPTS, MIXED_TOKENS
 from hf_paged.engine.pool import CHUNK
 
 # How many tensors of a layer's widest and of the hidden size are alive at once in a forward, fused or not.
@@ -21,9 +21,11 @@ def step_bytes(model: Any, config: PagedConfig) -> int:
     hidden, itemsize = embeddings.weight.shape[-1], embeddings.weight.element_size()
     inner = [m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     tokens = config.max_num_batched_tokens or CHUNK["cuda"]
-    activations = tokens * itemsize * (WIDE_TENSORS * max(inner, default=hidden) + HIDDEN_TENSORS * hidden)
+    rows = config.max_num_seqs
     vocabulary = head.weight.shape[0] if head is not None else embeddings.weight.shape[0]
-    kept = 0 if config.enforce_eager else logits_rows(config.max_num_seqs)
     # Sampling has the logits in float32 and as much again for what it makes of them.
-    logits = vocabulary * (kept * itemsize + config.max_num_seqs * (itemsize + 3 * FLOAT))
-    return activations + logits
+    logits = vocabulary * rows * (itemsize + 3 * FLOAT)
+    if not config.enforce_eager:  # they have memory of their own
+        tokens += rows + MIXED_TOKENS[-1]
+        logits += 2 * vocabulary * (rows + MIXED_PROMPTS) * itemsize
+    return tokens * itemsize * (WIDE_TENSORS * max(inner, default=hidden) + HIDDEN_TENSORS * hidden) + logits

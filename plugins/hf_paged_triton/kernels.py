@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -21,13 +23,15 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
     ) -> torch.Tensor:
         """See `Kernels.linear`."""
-        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device, norm=norm is not None):
+        if kernels.linear_serves(len(x), weight.shape[0], weight.shape[1], x.dtype, x.device, norm=norm is not None):
             return kernels.linear(x, weight, bias=bias, **_normed(norm))
         return functional.linear(x if norm is None else self.norm(x, norm), weight, bias)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
         """See `Kernels.gated`."""
-        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device, norm=norm is not None, gate=True):
+        if kernels.linear_serves(
+            len(x), weight.shape[0], weight.shape[1], x.dtype, x.device, norm=norm is not None, gate=True
+        ):
             return kernels.linear(x, weight, gate=kind, **_normed(norm))
         gate, up = functional.linear(x if norm is None else self.norm(x, norm), weight).chunk(2, -1)
         return kernels.gated_activation(gate, up, kind=kind)
@@ -36,7 +40,7 @@ class TritonKernels:
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
         """See `Kernels.add_linear`."""
-        if kernels.linear_serves(len(x), *weight.shape, x.dtype, x.device):
+        if kernels.linear_serves(len(x), weight.shape[0], weight.shape[1], x.dtype, x.device):
             kernels.linear(x, weight, bias=bias, residual=total, out=total)
             return
         total.addmm_(x, weight.t())
@@ -64,6 +68,6 @@ class TritonKernels:
         )
 
 
-def _normed(norm: Norm | None) -> dict[str, object]:
+def _normed(norm: Norm | None) -> dict[str, Any]:
     """A norm as the kernels take it."""
     return {} if norm is None else {"norm_weight": norm[0], "eps": norm[1], "gemma": norm[2]}

@@ -12,7 +12,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[False, True], ids=["in-turn", "ahead"])
+@pytest.fixture(params=["in-turn", "ahead", "ahead-padded"])
 def both_paces(request, monkeypatch):
-    """Steps in turn, as on a CPU, and launched ahead, as on a GPU."""
-    monkeypatch.setattr(fake, "RUN_AHEAD", request.param)
+    """Steps in turn, as on a CPU; and launched ahead, as on a GPU, also padded as for a CUDA graph."""
+    monkeypatch.setattr(fake, "RUN_AHEAD", request.param != "in-turn")
+    monkeypatch.setattr(fake, "PADDED", request.param == "ahead-padded")

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from hf_paged.config import PagedConfig
+from hf_paged.engine.batch import leading_decode_rows, wants_prompt_logprobs
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.runner import Runner
 from hf_paged.params import SamplingParams
-from hf_paged.types import CacheSpec, LayerSpec, Request
+from hf_paged.types import CacheSpec, Layout, LayerSpec, Request
 
 VOCAB = 97
 BASE, MIX = 1_000_003, 7_919  # hashes are taken modulo 2**64, as int64 wraps round
@@ -27,6 +29,8 @@ BOTH = (None, 6, None, 9)
 
 # Whether engines launch a step before the one before it has landed, as they do on a GPU; see conftest.
 RUN_AHEAD = False
+# Whether they pad every batch, as for a CUDA graph.
+PADDED = False
 
 _ids = itertools.count()
 
@@ -71,14 +75,15 @@ class FakePlan:
         spec, batch, size = self.cache.spec, self.batch, self.cache.block_size
         group, window = spec.group_of(layer), spec.layers[layer].window
         keys, values = (pool[layer].view(-1) for pool in (self.cache.keys, self.cache.values))
-        keys[batch.slot_mapping[group]] = key.view(-1)
-        values[batch.slot_mapping[group]] = value.view(-1)
+        slots = batch.slot_mapping[group]
+        keys[slots[slots >= 0]] = key.view(-1)[slots >= 0]
+        values[slots[slots >= 0]] = value.view(-1)[slots >= 0]
         keys, values, tables = keys.numpy(), values.numpy(), batch.block_tables[group].numpy()
         starts, ends = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-        out = np.empty(len(query), dtype=np.int64)
+        out = np.zeros(len(query), dtype=np.int64)
         for row, end in enumerate(ends):
             first, last = starts[row], starts[row + 1]
-            for flat in range(first, last):
+            for flat in range(first, last if end else first):  # a padded row has no length
                 at = end - (last - flat)
                 seen = np.arange(0 if window is None else max(0, at - window + 1), at + 1)
                 slots = tables[row][seen // size].astype(np.int64) * size + seen % size
@@ -117,7 +122,7 @@ class FakeModel:
             self.before(batch)
         if self.poison is not None and self.poison in batch.input_ids:
             raise RuntimeError("a poisoned token")
-        self.num_tokens.append(len(batch.input_ids))
+        self.num_tokens.append(sum(row.count for row in batch.rows))
         keys = (batch.input_ids + 1 + self.salt * VOCAB).view(-1, 1, 1)
         values = (batch.positions + 1).view(-1, 1, 1)
         state = torch.zeros(len(keys), dtype=torch.int64)

@@ -87,7 +87,9 @@ class FusedLayer:
         key = self._normed(key, own.key_norm, own.kv_heads)
         value = value.unflatten(-1, (own.kv_heads, own.head_dim))
         turn = self.rotation
-        rotary = turn and {"cos": turn.half(cos), "sin": turn.half(sin), "interleaved": turn.interleaved}
+        rotary = (
+            None if turn is None else {"cos": turn.half(cos), "sin": turn.half(sin), "interleaved": turn.interleaved}
+        )
         attended = step.rotate_and_attend(own.index, query, key, value, rotary, own.options)
         self._add(total, attended.flatten(1), own.out, self._norm(self.wiring.after_attention))
 
