@@ -253,6 +253,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Make the KV pool and capture every CUDA graph now, instead of when they are first of use."""
+        self.refresh()
         self.pool.provide([])
         self._runner.warm_up(self.pool.cache)
 

@@ -116,8 +116,10 @@ class Graphs:
         if self._inputs is None:
             self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
+            # One for all: torch's allocator keeps memory for each stream apart.
+            self._side = torch.cuda.Stream(self._device)
         batch = self._emptied(layout)
-        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current, side = torch.cuda.current_stream(self._device), self._side
         side.wait_stream(current)
         collecting = gc.isenabled()
         gc.disable()  # what it frees, it might free in the middle of the capture
