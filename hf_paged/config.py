@@ -22,7 +22,8 @@ class PagedConfig:
         max_num_batched_tokens: most tokens in one step, prompt chunks and decode rows together; None: by device.
         max_model_len: most tokens of one request, prompt and output; None: what the model's positions allow.
         enforce_eager: run every forward eagerly, without CUDA graphs.
-        fusions: replace parts of a model's layers by fused kernels for the forwards of the engine, each verified first.
+        fusions: have fused kernels take the place of parts of a model's layers in the engine's forwards, each verified
+            first. None: on a GPU; on a CPU they are right, and hardly faster.
         enable_prefix_caching: keep finished requests' blocks, and reuse those whose tokens a prompt begins with.
         attention_backend: a registered backend's name, or None: the plugins choose by model and device.
         scheduler: a registered scheduler's name.
@@ -45,7 +46,7 @@ class PagedConfig:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     enforce_eager: bool = False
-    fusions: bool = True
+    fusions: bool | None = None
     enable_prefix_caching: bool = True
     attention_backend: str | None = None
     scheduler: str = "fcfs"

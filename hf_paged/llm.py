@@ -210,7 +210,7 @@ class LLM:
         driver.post(driver.engine.forget)
 
     def warm_up(self) -> None:
-        """Make the KV pool and capture every CUDA graph now, so that no answer waits for it; on a CPU, the pool alone."""
+        """Make the KV pool and capture every CUDA graph now, so that no answer waits for them."""
         if self._patched is None:
             raise EngineClosedError("this LLM is closed; build a new one")
         driver = self._patched.driver()

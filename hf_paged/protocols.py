@@ -80,7 +80,8 @@ class AttentionBackend(Protocol):
 
     Attributes:
         prefer_runs: whether a request's blocks should lie in a row where they can.
-        kernels: kernels for what stands around attention, or None: torch and the model's own modules do it.
+        kernels: what computes the parts around attention, or None: the model's own modules do.
+        sampling: what chooses tokens, or None: torch does.
         captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of as many decode rows:
             it reads lengths, tables and slots from the batch's tensors alone.
     """
@@ -89,6 +90,11 @@ class AttentionBackend(Protocol):
 
     @property
     def kernels(self) -> Kernels | None:
+        """See the class."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingKernels | None:
         """See the class."""
         ...
 
@@ -159,6 +165,9 @@ class RotaryPlan(LayerPlan, Protocol):
             query, key, value: as for `run`, RoPE not applied yet; any strides between tokens and heads.
             cos, sin: [T, half of the rotated elements].
             interleaved: whether element 2i turns with 2i + 1, or else i with i + half.
+
+        Raises:
+            TypeError, ValueError: these arguments are not served; nothing was launched.
         """
         ...
 
@@ -205,7 +214,7 @@ class SamplingKernels(Protocol):
         ...
 
 
-class Kernels(SamplingKernels, Protocol):
+class Kernels(Protocol):
     """What stands around attention in a decoder layer. Weights are [out, in], as `torch.nn.Linear` has them.
 
     A norm is (weight [n], eps, whether the weight counts as 1 + weight).

@@ -25,8 +25,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "latency",
         help="milliseconds a decode step, prompt tokens a second, seconds to the first token",
-        description="Time workloads of one length: ms a step is (a run of all new tokens − a run of one) / (all − one). "
-        "The last line on stdout is JSON.",
+        description="Time workloads of one length. A run of all new tokens, less one of a single token, divided by the "
+        "tokens between the two, is the time of a step. The last line on stdout is JSON.",
     )
     known = ", ".join(UNIFORM)
     parser.add_argument("--workload", default="B,C,D,E", help=f"some of {known} (default: all)")

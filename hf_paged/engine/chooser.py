@@ -29,7 +29,7 @@ class Chooser:
         self._ahead = ahead and not any(getattr(processor, "needs_tokens", True) for processor in processors)
 
     def runs_ahead(self, request: Request) -> bool:
-        """Whether its tokens can be chosen at launch: nothing of them, or of the tokens before, is asked of the host."""
+        """Whether its tokens can be chosen at launch: nothing about them, or those before, is asked of the host."""
         params = request.params
         plain = params.logprobs is None and params.prompt_logprobs is None and not needs_history(request)
         return self._ahead and request.sampler is None and plain

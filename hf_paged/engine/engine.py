@@ -74,7 +74,7 @@ class Engine:
         self._builder = batches.BatchBuilder(config.block_size, len(self.pool.tables.pools), model.spec.device)
         self._longest = min(self.pool.longest, self.max_model_len or self.pool.longest)
         self._runner = Runner(model, backend, config, batches.table_width(self._longest, config.block_size))
-        sampler = BatchSampler(seed, getattr(backend, "kernels", None))
+        sampler = BatchSampler(seed, getattr(backend, "sampling", None))
         self._chooser = Chooser(sampler, processors, ahead=self._runs_ahead)
         self._flight: Flight | None = None  # the step that is launched, and hasn't landed
         self._observers = list(observers)
@@ -141,7 +141,7 @@ class Engine:
         """Land one batch. Returns the requests that it brought forward; an empty list: there was nothing to do.
 
         On a GPU the batch after it is launched first, with tokens that the host doesn't know yet, so that the device
-        doesn't wait for the host. A request's end is found one step late there, and what it computed too much is dropped.
+        doesn't wait for the host. A request's end is found one step late there; what was computed beyond it is dropped.
 
         A forward that raises is tried again with fewer requests, down to the one at fault, which alone is failed.
         """
@@ -157,7 +157,7 @@ class Engine:
         return [row.request for row in flight.step.rows]
 
     def _launch(self, ahead: Flight | None) -> Flight | None:
-        """Schedule the next step and launch it; `ahead` is the one that is still under way. None: nothing was launched."""
+        """Schedule the next step and launch it; `ahead` is still under way. None: nothing was launched."""
         began = time.monotonic()
         self.pool.provide([*self.scheduler.running, *self.scheduler.waiting][: 2 * self.config.max_num_seqs])
         step = self.scheduler.schedule()
@@ -179,10 +179,9 @@ class Engine:
         return flight
 
     def _forward(self, step: Step, ahead: Flight | None, began: float) -> Flight:
-        fed = (
-            {} if ahead is None or ahead.chosen is None else {"chosen": ahead.chosen.on_device, "places": ahead.places}
-        )
-        batch = self._builder.build(step, layout=self._runner.layout(step), **fed)
+        chosen = None if ahead is None or ahead.chosen is None else ahead.chosen.on_device
+        places = ahead.places if ahead is not None else None
+        batch = self._builder.build(step, layout=self._runner.layout(step), chosen=chosen, places=places)
         flight = Flight(step, began)
         self._chooser.launch(flight, batch, self._runner.forward(step, batch, self.pool.cache))
         return flight

@@ -1,7 +1,7 @@
 """CUDA graphs of steps: captured once for a layout, replayed for any batch that it can be padded to.
 
-A graph reads tokens, positions, lengths, slots and block tables from tensors that stay where they are; a step copies its
-own into them. All graphs write their logits to one tensor, and share one memory pool, since no two run at once.
+A graph reads tokens, positions, lengths, slots and block tables from tensors that stay where they are; a step copies
+its own into them. All graphs write their logits to one tensor, and share one memory pool, since no two run at once.
 """
 
 from __future__ import annotations

@@ -113,8 +113,9 @@ def build(
 def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
     """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None."""
     kernels = getattr(backend, "kernels", None)
-    if kernels is None or not config.fusions:
-        return "the attention backend has no kernels for it" if config.fusions else "fusions=False"
+    wanted = model.device.type != "cpu" if config.fusions is None else config.fusions
+    if kernels is None or not wanted:
+        return "the attention backend has no kernels for it" if wanted else f"fusions={config.fusions}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     flat.fusion = acquire(model, flat.layers, kernels, structure(model))

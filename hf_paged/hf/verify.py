@@ -64,7 +64,7 @@ def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, b
 
 
 def try_fusion(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
-    """Have each fused layer of `flat` compared with its own forward, in a chunk, a chunk over a prefix, and a decode step.
+    """Have each fused layer of `flat` compared with its own forward, in two chunks of a prompt and a decode step.
 
     Raises:
         whatever a kernel raises.

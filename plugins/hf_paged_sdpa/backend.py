@@ -10,6 +10,7 @@ import torch
 from hf_paged.protocols import KVCache, LayerPlan
 from hf_paged.types import Batch, Scheduled
 from hf_paged_sdpa.attend import attend, flash, flash_serves, merge, with_sinks
+from hf_paged_sdpa.kernels import TorchKernels, rotate
 
 # Runs beyond this many are gathered first: a call costs more than copying a few blocks.
 MOST_RUNS = 4
@@ -20,7 +21,8 @@ class SDPABackend:
 
     prefer_runs = True
     captures = False
-    kernels = None
+    kernels = TorchKernels()
+    sampling = None
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Heads first: tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""
@@ -96,6 +98,24 @@ class SDPAPlan:
                 output = with_sinks(output, lse, sinks)
             pieces.append(output.permute(2, 0, 1, 3).reshape(row.last - row.first, -1, output.shape[-1]))
         return torch.cat(pieces)
+
+    def run_rotary(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `RotaryPlan.run_rotary`."""
+        query, key = (rotate(x, cos, sin, interleaved=interleaved) for x in (query, key))
+        return self.run(layer, query, key, value, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

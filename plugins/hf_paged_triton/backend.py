@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_paged.protocols import KVCache, LayerPlan
 from hf_paged.types import Batch
-from hf_paged_triton.kernels import TritonKernels
+from hf_paged_triton.kernels import TritonKernels, TritonSampling
 from hf_paged_triton.plan import TritonPlan
 
 
@@ -14,6 +14,7 @@ class TritonBackend:
     prefer_runs = False
     captures = True
     kernels = TritonKernels()
+    sampling = TritonSampling()
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Blocks first, then tokens: a token's heads lie side by side, as the cache write and the copy engine want."""

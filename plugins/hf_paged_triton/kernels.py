@@ -47,6 +47,10 @@ class TritonKernels:
         if bias is not None:
             total.add_(bias)
 
+
+class TritonSampling:
+    """See `hf_paged.protocols.SamplingKernels`."""
+
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See `SamplingKernels.argmax`."""
         return kernels.argmax(logits)

@@ -18,7 +18,7 @@ from hf_paged.engine.batch import leading_decode_rows, wants_prompt_logprobs
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.runner import Runner
 from hf_paged.params import SamplingParams
-from hf_paged.types import CacheSpec, Layout, LayerSpec, Request
+from hf_paged.types import CacheSpec, LayerSpec, Layout, Request
 
 VOCAB = 97
 BASE, MIX = 1_000_003, 7_919  # hashes are taken modulo 2**64, as int64 wraps round
@@ -160,12 +160,25 @@ def expected(prompt, count, windows=FULL, *, eos=(), salt=0):
 def make_engine(windows=FULL, *, prefer_runs=False, max_positions=None, engine=None, **config):
     """An engine over a fake model; `engine` holds further arguments of Engine."""
     config = PagedConfig(**{"block_size": 4, "num_blocks": 64, "max_num_batched_tokens": 16, **config})
-    return Engine(
-        FakeModel(windows, max_positions),
-        FakeBackend(prefer_runs),
-        config,
-        **{"run_ahead": RUN_AHEAD, **(engine or {})},
-    )
+    backend, options = FakeBackend(prefer_runs), {"run_ahead": RUN_AHEAD, **(engine or {})}
+    made = Engine(FakeModel(windows, max_positions), backend, config, **options)
+    if PADDED:
+        made._runner = PaddingRunner(made.model, backend, config, 1)
+    return made
+
+
+class PaddingRunner(Runner):
+    """Has every batch that a graph could serve padded, and runs it eagerly."""
+
+    def layout(self, step):
+        if any(wants_prompt_logprobs(row) for row in step.rows):
+            return None
+        decode = leading_decode_rows(step.rows)
+        return Layout(decode + 2, step.num_tokens + 5, len(step.rows) - decode + 3)
+
+    def forward(self, step, batch, cache):
+        cache.copy_blocks(step.copies)
+        return self._model.forward(batch, self._backend.plan(batch, cache))
 
 
 def make_request(prompt, max_tokens=8, *, params=None, name=None, **fields):

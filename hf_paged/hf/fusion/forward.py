@@ -32,6 +32,7 @@ class FusedForward:
         self._fusion = fusion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output: the fused one during a step that it serves."""
         step = current_step()
         if step is None or step.fusion is not self._fusion:
             return self.original(*args, **kwargs)

@@ -51,7 +51,7 @@ class Fusion:
     def __reduce__(self) -> Any:
         return _nothing, ()
 
-    # ----------------------------------------------------------------------------------------------------------- on, off
+    # ---------------------------------------------------------------------------------------------------------- on, off
 
     def _install(self, model: PreTrainedModel, layers: Sequence[SeenLayer]) -> None:
         self._ledger.set_attribute(model, _PLACE, self)
@@ -122,7 +122,7 @@ class Fusion:
             if not merged.intact:
                 merged.bind()
 
-    # ------------------------------------------------------------------------------------------------------------- trial
+    # ------------------------------------------------------------------------------------------------------------ trial
 
     def end_trial(self) -> None:
         """From now on the fused forwards serve; layers that a trial step has not seen agree run as they are."""

@@ -32,16 +32,22 @@ class MergedLinear:
 
     def bind(self) -> None:
         """Make the parameters parts of one storage, where they aren't."""
-        self.weight = _merged([layer.weight for layer in self._layers])
-        biases = [layer.bias for layer in self._layers if layer.bias is not None]
-        self.bias = _merged(biases) if biases else None
+        self.weight = _merged(self._weights)
+        self.bias = _merged(self._biases) if self._biases else None
 
     @property
     def intact(self) -> bool:
         """Whether the layers' parameters still are what the merged product reads."""
-        weights = [layer.weight for layer in self._layers]
-        biases = [layer.bias for layer in self._layers if layer.bias is not None]
-        return _in_place(self.weight, weights) and (_in_place(self.bias, biases) if biases else self.bias is None)
+        return _in_place(self.weight, self._weights) and (self.bias is None or _in_place(self.bias, self._biases))
+
+    @property
+    def _weights(self) -> list[torch.Tensor]:
+        return [layer.weight for layer in self._layers]
+
+    @property
+    def _biases(self) -> list[torch.Tensor]:
+        # A layer without a bias has None there, whatever torch's annotation says.
+        return [layer._parameters["bias"] for layer in self._layers if layer._parameters["bias"] is not None]
 
     def restore(self) -> None:
         """Give each parameter a storage of its own again."""
@@ -53,7 +59,7 @@ class MergedLinear:
                     parameter.data = parameter.data.clone()
 
 
-def _merged(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def _merged(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parameters) == 1:
         return parameters[0].detach()
     with torch.no_grad():
@@ -65,9 +71,7 @@ def _merged(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     return merged
 
 
-def _in_place(merged: torch.Tensor | None, parameters: Sequence[nn.Parameter]) -> bool:
-    if merged is None:
-        return False
+def _in_place(merged: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
     address = merged.data_ptr()
     for parameter in parameters:
         if parameter.data_ptr() != address or parameter.dtype != merged.dtype:

@@ -71,8 +71,8 @@ def find_mlp(module: Any, shared: Counter[int]) -> GatedMLP | None:
     if not isinstance(module, nn.Module) or not is_untouched(module):
         return None
     names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else ["gate_proj", "up_proj"]
-    inputs = [getattr(module, name, None) for name in names]
-    down = getattr(module, "down_proj", None)
+    inputs: list[Any] = [getattr(module, name, None) for name in names]
+    down: Any = getattr(module, "down_proj", None)
     if len(module._modules) != len(names) + 2 or not all(is_plain(part, shared) for part in (*inputs, down)):
         return None
     kind = _activation(next((getattr(module, n) for n in ("act_fn", "activation_fn") if hasattr(module, n)), None))
@@ -131,8 +131,8 @@ def find_attention(seen: Any, index: int, kernels: Kernels, shared: Counter[int]
     """
     module, spec = seen.module, seen.spec
     names = ["qkv_proj"] if hasattr(module, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
-    inputs = [getattr(module, name, None) for name in names]
-    out = getattr(module, "o_proj", None)
+    inputs: list[Any] = [getattr(module, name, None) for name in names]
+    out: Any = getattr(module, "o_proj", None)
     plain = is_untouched(module) and all(is_plain(part, shared) for part in (*inputs, out))
     columns = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     if not plain or spec.head_dim != spec.value_head_dim or sum(part.out_features for part in inputs) != columns:

@@ -1,0 +1,52 @@
+"""What stands around attention in a decoder layer, in torch: fewer and larger products than the modules' own."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from hf_paged.protocols import Norm
+
+
+class TorchKernels:
+    """See `hf_paged.protocols.Kernels`."""
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `Kernels.norm`."""
+        weight, eps, gemma = norm
+        y = functional.rms_norm(x.float(), x.shape[-1:], eps=eps)
+        # Rounded where the models round: Gemma's weight meets the float32 value, the others' the rounded one.
+        return (y * (1.0 + weight.float())).to(x.dtype) if gemma else weight * y.to(x.dtype)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        return functional.linear(x if norm is None else self.norm(x, norm), weight, bias)
+
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
+        """See `Kernels.gated`."""
+        gate, up = self.linear(x, weight, norm=norm).chunk(2, -1)
+        if kind == "silu":
+            return functional.silu(gate).mul_(up)
+        return functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none").mul_(up)
+
+    def add_linear(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """See `Kernels.add_linear`."""
+        total.addmm_(x, weight.t())
+        if bias is not None:
+            total.add_(bias)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """The first elements of each head turned (Su et al., 2021): [T, heads, head_dim], by angles [T, half of them]."""
+    half = cos.shape[-1]
+    if 2 * half > x.shape[-1]:
+        raise ValueError(f"cos has {half} angles; heads of {x.shape[-1]} elements take {x.shape[-1] // 2} at most")
+    cos, sin, turned = cos[:, None], sin[:, None], x[..., : 2 * half]
+    a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    pair = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return out if 2 * half == x.shape[-1] else torch.cat([out, x[..., 2 * half :]], -1)

@@ -1,0 +1,219 @@
+"""Fused layers: found by structure, verified, live, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from stock import Expected, build, caught, rows_of
+
+import hf_paged
+import zoo
+from hf_paged.hf.fusion.forward import FusedForward
+from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain
+
+KWARGS = dict(max_new_tokens=12, do_sample=False)
+LENGTHS = (3, 9, 14, 20)
+FUSED = dict(fusions=True, on_unsupported="error")
+# Family, layers of its tiny model that are fused, and how many of them have a gated MLP.
+FAMILIES = [
+    ("llama", 2, 2),
+    ("mistral", 2, 2),
+    ("qwen2", 2, 2),
+    ("qwen3", 2, 2),
+    ("phi3", 2, 2),
+    ("gemma2", 2, 2),
+    ("gemma3_text", 2, 2),
+    ("olmo2", 2, 2),
+    ("granite", 2, 2),
+    ("glm", 2, 2),
+    ("glm4", 2, 2),
+    ("smollm3", 2, 2),
+    ("mixtral", 2, 0),
+    ("gpt_oss", 2, 0),
+]
+
+
+def fusion_of(model):
+    (built, _) = hf_paged.hf.handle.patched(model).engine()
+    return built.fusion
+
+
+def fused_layers(report):
+    (line,) = [line for line in report if "layers fused" in line]
+    return int(line.split()[0]), int(line.split("; ")[1].split()[0])
+
+
+@pytest.mark.parametrize(("family", "layers", "gated"), [f for f in FAMILIES if f[0] in zoo.FAMILIES])
+def test_families_are_fused_and_give_stocks_tokens(family, layers, gated):
+    model = build(family)
+    wanted = Expected(model, zoo.prompts(3, LENGTHS), **KWARGS)
+    with caught() as warned, hf_paged.paged(model, max_num_batched_tokens=12, **FUSED):
+        output = model.generate(**wanted.batch, **KWARGS)
+        assert rows_of(output, wanted.width) == wanted.of(output)
+        assert fused_layers(fusion_of(model).report()) == (layers, gated)
+    assert not warned
+
+
+@pytest.mark.parametrize("family", ["gpt2", "olmo", "cohere", "deepseek_v3"])
+def test_what_has_another_structure_runs_as_it_is(family):
+    """Their norms, products or wiring are not those that are known: only the parts that are get fused."""
+    model = build(family)
+    wanted = Expected(model, zoo.prompts(3, LENGTHS), **KWARGS)
+    with hf_paged.paged(model, **FUSED):
+        output = model.generate(**wanted.batch, **KWARGS)
+        assert rows_of(output, wanted.width) == wanted.of(output)
+        assert not any("layers fused" in line for line in fusion_of(model).report())
+
+
+def test_a_layer_that_computes_something_else_is_taken_back():
+    """Its parts have the usual names; what it does with them hasn't."""
+    model = zoo.build("llama")
+    layer = model.model.layers[1]
+    norm = layer.post_attention_layernorm
+
+    class Other(type(layer)):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(hidden_states, **kwargs) + 0.5 * norm(hidden_states)
+
+    layer.__class__ = Other
+    wanted = Expected(model, zoo.prompts(3, LENGTHS), **KWARGS)
+    with hf_paged.paged(model, **FUSED):
+        output = model.generate(**wanted.batch, **KWARGS)
+        assert rows_of(output, wanted.width) == wanted.of(output)
+        report = list(fusion_of(model).report())
+        assert fused_layers(report) == (1, 1)
+        assert any(line.startswith("1 layers run as they are: fused, it gives another output") for line in report)
+
+
+def test_unpatching_leaves_no_trace():
+    model = zoo.build("qwen3")
+    names = dict(model.named_modules())
+    before = {name: dict(vars(module)) for name, module in names.items()}
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    hf_paged.patch(model, **FUSED)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    assert isinstance(vars(model.model.layers[0])["forward"], FusedForward)
+    hf_paged.unpatch(model)
+    for name, module in names.items():
+        assert vars(module) == before[name] or vars(module).keys() == before[name].keys()
+    storages = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name])
+
+
+def test_the_weights_are_live():
+    """An optimiser's step, a parameter's new storage, and a loaded state reach the merged products."""
+    model = zoo.build("llama")
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    ids = torch.randint(5, 60, (2, 16))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    def move():
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        weight.data = torch.randn_like(weight)
+
+    def load():
+        state = {name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()}
+        model.load_state_dict(state)
+
+    with hf_paged.paged(model, **FUSED):
+        for change in (step, move, load):
+            model.generate(prompt, **KWARGS)
+            change()
+            got = model.generate(prompt, **KWARGS)
+            assert torch.equal(got, hf_paged.hf.handle.patched(model).stock(prompt, **KWARGS))
+            assert fused_layers(fusion_of(model).report()) == (2, 2)
+
+
+def test_training_goes_past_the_fused_forwards():
+    model = zoo.build("llama")
+    ids = torch.randint(5, 60, (2, 16))
+    plain = model(input_ids=ids, labels=ids).loss
+    with hf_paged.paged(model, **FUSED):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    assert torch.equal(loss, plain)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_an_adapter_takes_effect_between_two_calls():
+    model = zoo.build("llama")
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    with hf_paged.paged(model, **FUSED) as handle:
+        plain = model.generate(prompt, **KWARGS)
+        adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        with_adapter = model.generate(prompt, **KWARGS)
+        assert torch.equal(with_adapter, handle.stock(prompt, **KWARGS))
+        assert not torch.equal(with_adapter, plain)
+        with adapted.disable_adapter():
+            assert torch.equal(model.generate(prompt, **KWARGS), plain)
+
+
+def test_two_engines_of_one_model_share_its_fusion():
+    model = zoo.build("llama")
+    first = hf_paged.LLM(model, skip_tokenizer_init=True, fusions=True)
+    with hf_paged.paged(model, **FUSED):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+        first.close()
+        assert isinstance(vars(model.model.layers[0])["forward"], FusedForward)
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_a_copy_of_a_fused_model_is_plain():
+    model = zoo.build("llama")
+    with hf_paged.paged(model, **FUSED):
+        wanted = model.generate(torch.tensor([[5, 6, 7]]), **KWARGS)
+        twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(torch.tensor([[5, 6, 7]]), **KWARGS), wanted)
+    layer = twin.model.layers[0]
+    assert isinstance(layer.forward, types.MethodType)
+    assert layer.forward.__self__ is layer
+
+
+def test_explain_lists_what_is_fused():
+    model = zoo.build("llama")
+    text = str(hf_paged.explain(model, hf_paged.PagedConfig(fusions=True)))
+    assert "2 layers fused" in text
+    assert "not fused: fusions=False" in str(hf_paged.explain(model, hf_paged.PagedConfig(fusions=False)))
+
+
+def test_merged_weights():
+    layers = [torch.nn.Linear(4, n) for n in (3, 5)]
+    values = [layer.weight.clone() for layer in layers]
+    merged = MergedLinear(layers)
+    assert merged.intact
+    x = torch.randn(2, 4)
+    wanted = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(torch.nn.functional.linear(x, merged.weight, merged.bias), wanted)
+    with torch.no_grad():
+        layers[1].weight.mul_(2)
+    assert torch.equal(merged.weight[3:], 2 * values[1])
+    layers[0].weight.data = torch.zeros(3, 4)
+    assert not merged.intact
+    merged.bind()
+    assert merged.intact
+    assert not merged.weight[:3].any()
+    merged.restore()
+    assert not merged.intact
+    assert torch.equal(layers[1].weight, 2 * values[1])
+
+
+def test_only_plain_layers_are_merged():
+    plain, hooked, tied = (torch.nn.Linear(4, 4) for _ in range(3))
+    hooked.register_forward_hook(lambda *args: None)
+    twin = torch.nn.Linear(4, 4)
+    twin.weight = tied.weight
+    parametrised = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+    model = torch.nn.ModuleList([plain, hooked, tied, twin, parametrised])
+    shared = holders(model)
+    assert [is_plain(module, shared) for module in model] == [True, False, False, False, False]
