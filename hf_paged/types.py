@@ -108,6 +108,7 @@ class Request:
         banned: token sequences that must not be produced (`params.bad_words`, tokenised).
         cache_key: tokens are only shared with requests of the same key (an adapter's name, an image's hash).
         parent: an earlier request with the same prompt, whose blocks it shares once they are computed.
+        resume_from: output that it has already, from an engine that is gone; it goes on with the next token.
         on_token: called with the request after each new token and when it finishes; runs in the engine's thread.
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
@@ -116,7 +117,7 @@ class Request:
         tables: for each cache group, the block ids in order; the null block where a window has moved on.
         num_cached: prompt tokens that the prefix cache gave, at the first admission.
         held: its logits were handed out, and it waits for `Engine.push`.
-        logprobs, prompt_logprobs: a dict of id -> Logprob for each token, where asked for.
+        logprobs, prompt_logprobs: a dict of id -> Logprob for each token, where asked for; none for `resume_from`.
         error: what ended it, if its finish reason is "error".
     """
 
@@ -129,6 +130,7 @@ class Request:
     banned: tuple[tuple[int, ...], ...] = ()
     cache_key: Hashable = None
     parent: Request | None = None
+    resume_from: Sequence[int] = ()
     on_token: Callable[[Request], None] | None = None
     stop_check: Callable[[Request], str | int | None] | None = None
 
@@ -149,7 +151,7 @@ class Request:
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.token_ids = [*self.prompt_token_ids, *self.resume_from]
 
     @property
     def output_token_ids(self) -> list[int]:
