@@ -16,7 +16,7 @@ from hf_paged.params import SamplingParams
 if TYPE_CHECKING:
     import torch
 
-    from hf_paged.protocols import TokenSampler
+    from hf_paged.protocols import Constraint, TokenSampler
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NULL_BLOCK = 0  # never handed out: tables point at it where nothing is kept
@@ -110,6 +110,7 @@ class Request:
         parent: an earlier request with the same prompt, whose blocks it shares once they are computed.
         resume_from: output that it has already, from an engine that is gone; it goes on with the next token.
         on_token: called with the request after each new token and when it finishes; runs in the engine's thread.
+        constraint: what the output has to be like; set by a plugin, as the hook `constrain_request` says.
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
         token_ids: prompt and output so far.
@@ -133,6 +134,7 @@ class Request:
     resume_from: Sequence[int] = ()
     on_token: Callable[[Request], None] | None = None
     stop_check: Callable[[Request], str | int | None] | None = None
+    constraint: Constraint | None = None
 
     token_ids: list[int] = dataclasses.field(init=False)
     status: Status = Status.WAITING

@@ -229,9 +229,10 @@ class Engine:
                 self._apply(requests, chosen, sampled)
 
     def _processed(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        if self._processors:
+        concerned = [processor for processor in self._processors if _concerns(processor, requests)]
+        if concerned:
             logits = logits.float().clone()  # log-probabilities are those of the raw ones
-        for processor in self._processors:
+        for processor in concerned:
             logits = processor.process(requests, logits)
         return logits
 
@@ -284,6 +285,7 @@ class Engine:
 
     def _reason_to_stop(self, request: Request, token: int, stop: bool) -> tuple[FinishReason | None, str | int | None]:
         params = request.params
+        complete = request.constraint is not None and request.constraint.advance(request)
         if request.num_output >= params.min_tokens:
             if token in request.eos_token_ids and not params.ignore_eos:
                 return "stop", None
@@ -292,6 +294,8 @@ class Engine:
             found = request.stop_check(request) if request.stop_check else None
             if found is not None:
                 return "stop", found
+        if complete:  # whatever its length: nothing can follow
+            return "stop", None
         # A sampler that stops at the length too means that.
         if len(request.token_ids) >= self._longest or request.num_output >= (params.max_tokens or math.inf):
             return "length", None
@@ -338,6 +342,12 @@ class Engine:
         )
         for observer in self._observers:
             observer(stats)
+
+
+def _concerns(processor: LogitsProcessor, requests: Sequence[Request]) -> bool:
+    """Whether a processor would change anything in this batch; see `LogitsProcessor`."""
+    concerns = getattr(processor, "concerns", None)
+    return concerns is None or any(map(concerns, requests))
 
 
 def _shortest(*limits: int | None) -> int | None:
