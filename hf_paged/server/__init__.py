@@ -1,4 +1,4 @@
-'''The server: the OpenAI protocol over engines that live in processes of their own.
+"""The server: the OpenAI protocol over engines that live in processes of their own.
 
 One page to hold the whole in your head; who writes a plugin for the server reads it here.
 
@@ -12,8 +12,8 @@ and when that replica dies places it again, to go on from its next token. Tokeni
 calls and HTTP are the front's; the engine process sees ids alone.
 
 **An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `submit` -> an async stream of
-`messages.Delta`, `abort`, `snapshot`, `close`. `Fleet` is the one there is; engines on other machines fit behind the
-same four methods.
+`messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other machines fit
+behind the same methods.
 
 **The application.** `app.create_app(config, engine, text)` makes the FastAPI application. On `app.state` there are:
 
@@ -33,7 +33,7 @@ a plugin's routes have them too: nothing more is needed to be behind the API key
 
     stats.subscribe(listener)       an object with any of these methods; they run in the event loop, keep them short:
         request_started(record)     stats.RequestRecord, once its prompt is tokenised and it was accepted
-        tokens(record, count, gap)  `count` new tokens reached the front, `gap` seconds after the ones before (None: first)
+        tokens(record, count, gap)  `count` new tokens, `gap` seconds after the ones before (None: first)
         request_finished(record)    with every time and count filled in, however it ended (`record.finish_reason`:
                                     stop, length, abort, error, deadline, queue_timeout)
         request_refused(reason)     turned away before it began: queue_full, draining, not_ready, invalid
@@ -54,9 +54,9 @@ client sent or got is `record.client_id`.
 **Structured output.** The constraint travels as `SamplingParams.structured_outputs`. The front makes it of
 `response_format`, of vLLM's `structured_outputs`, and of `tool_choice` "required" or by name, and sends its fields; the
 engine process builds the Request, has `plugins.constrain(manager, request, tokenizer)` give it its `constraint` in a
-thread beside the step loop, and then adds it. What that raises as ConfigError or InvalidRequestError is the caller's 400.
+thread beside the step loop, and then adds it. What that raises as ConfigError or InvalidRequestError becomes a 400.
 A request that resumes after a crash comes with the tokens it had (`Request(resume_from=...)`): the constraint finds
 them in `request.output_token_ids` when it is made, and has to take them in.
 
 **Refusals.** Raise `errors.APIError(status, message, param=…, code=…)` in a route: it becomes OpenAI's error body.
-'''
+"""

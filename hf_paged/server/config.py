@@ -20,6 +20,7 @@ class ServerConfig:
         served_model_names: what clients call it; the model's own name if empty.
         tokenizer, revision, trust_remote_code, dtype, device: for loading it.
         chat_template: a template, or the path of a file with one; None: the tokenizer's.
+        trust_request_chat_template: let calls bring a template of their own.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together.
         seed: of the seeds that requests without one are given; None: from the operating system.
         paged: options of the engines.
@@ -35,7 +36,8 @@ class ServerConfig:
         drain_timeout: seconds that running requests have after SIGTERM.
         watchdog: seconds without a step, though there is work, after which an engine hangs.
         tool_parser: how tool calls are found in text: auto, hermes, json, or none.
-        log_requests: log a line for each request.
+        log_requests: log a line for each request. log_level, log_format: of the logs; "json" or "text".
+        host_memory_share: of a CPU's free memory, the share that each replica's KV pool takes, where nothing sizes it.
 
     Raises:
         ConfigError: a value is out of range; the message names it and what is allowed.
@@ -49,6 +51,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str | None = None
     chat_template: str | None = None
+    trust_request_chat_template: bool = False
     gpu_memory_utilization: float = 0.92
     seed: int | None = None
     paged: PagedConfig = dataclasses.field(default_factory=PagedConfig)
@@ -69,6 +72,9 @@ class ServerConfig:
     watchdog: float = 60.0
     tool_parser: str = "auto"
     log_requests: bool = True
+    log_level: str = "info"
+    log_format: str = "text"
+    host_memory_share: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("replicas", "max_body_bytes", "max_queue_requests", "max_queue_tokens"):
@@ -77,9 +83,11 @@ class ServerConfig:
         for name in ("default_timeout", "max_queue_seconds", "watchdog"):
             value = getattr(self, name)
             allowed = value is None if name != "watchdog" else False
-            _require(name, value, allowed or _is_number(value) and value > 0, "seconds above 0")
+            _require(name, value, allowed or (_is_number(value) and value > 0), "seconds above 0")
         ok = _is_number(self.drain_timeout) and self.drain_timeout >= 0
         _require("drain_timeout", self.drain_timeout, ok, "seconds, at least 0")
+        _require("log_format", self.log_format, self.log_format in ("text", "json"), "text or json")
+        _require("log_level", self.log_level, self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ConfigError("TLS needs both ssl_keyfile and ssl_certfile; one is missing")
         if any(not key for key in self.api_keys):
@@ -92,6 +100,7 @@ class ServerConfig:
         return self.served_model_names or (self.model,)
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
 TOOL_PARSERS = ("auto", "hermes", "json", "none")
 
 

@@ -70,7 +70,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
         max_num_seqs: most requests of a step.
         block_size, num_blocks: of the KV pool; blocks may grow on a CPU.
         backend, scheduler, plugins: what it is made of.
-        structured: kinds of structured output that its plugins honour.
+        structured: whether a plugin sees to structured outputs.
         defaults: fields of SamplingParams that the model's generation config sets.
     """
 
@@ -87,7 +87,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
     backend: str
     scheduler: str
     plugins: dict[str, str]
-    structured: list[str]
+    structured: bool
     defaults: dict[str, Any]
 
 

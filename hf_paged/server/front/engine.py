@@ -1,9 +1,9 @@
-"""What the front asks of an engine, wherever it runs: four methods."""
+"""What the front asks of an engine, wherever it runs: a few methods."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from hf_paged.params import SamplingParams
@@ -61,12 +61,28 @@ class Snapshot:
     replicas: tuple[str, ...]
 
 
+class DeltaStream(Protocol):
+    """What a sequence brings; the delta with `finish` is the last."""
+
+    def __aiter__(self) -> DeltaStream:
+        """Itself."""
+        ...
+
+    async def __anext__(self) -> Delta:
+        """What came since the last call, as one delta; waits for something."""
+        ...
+
+    async def aclose(self) -> None:
+        """Leave. Before the end that aborts the sequence."""
+        ...
+
+
 class EngineClient(Protocol):
     """An engine, or several that look like one. Used in the event loop alone."""
 
     info: Ready | None
 
-    def submit(self, group: Sequence[Submission]) -> Sequence[AsyncIterator[Delta]]:
+    def submit(self, group: Sequence[Submission]) -> Sequence[DeltaStream]:
         """Take sequences that share a prompt; for each the stream of what it brings, which ends after `finish`.
 
         Nothing is awaited: a request is in once this returns. Leaving a stream early (`aclose`) aborts its sequence.
@@ -78,6 +94,10 @@ class EngineClient(Protocol):
 
     def abort(self, submission: Submission, reason: str = "abort") -> None:
         """End a sequence; its stream ends with `finish` being the reason. Does nothing to one that is over."""
+        ...
+
+    def abort_all(self) -> None:
+        """End every sequence, and take no more."""
         ...
 
     def snapshot(self) -> Snapshot:
