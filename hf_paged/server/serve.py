@@ -56,6 +56,8 @@ class _Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, life)
         listening = _bind(options)
+        host, port = listening.getsockname()[:2]
+        logger.info("listening on %s port %s; loading %s", host, port, options.model)
         try:
             await life.run(life.on_start)
             fleet.start()
@@ -102,8 +104,7 @@ class _Server(uvicorn.Server):
             return
         if life.phase is Phase.STARTING:
             life.phase = Phase.READY
-            host, port = self.servers[0].sockets[0].getsockname()[:2] if self.servers else ("?", 0)
-            logger.info("ready on %s port %s after %.1f s", host, port, time.time() - life.started)
+            logger.info("ready after %.1f s", time.time() - life.started)
 
     async def _drain_when_told(self, life: Lifecycle) -> None:
         """After a signal: let what runs come to its end, as long as it may."""
