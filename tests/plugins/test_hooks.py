@@ -460,16 +460,26 @@ def test_request_finished(model, caplog):
 
 
 def test_register_routes():
-    """Nobody calls it before there is a server; a plugin may have it."""
-    app, seen = object(), []
-    manager = plugins.load(
-        PagedConfig(plugins=(plugin(register_routes=lambda app, config: seen.append((app, config))),))
-    )
-    plugins.call(manager, "register_routes", app=app, config=None)
-    assert seen == [(app, None)]
-    manager = plugins.load(PagedConfig(plugins=(failing("register_routes"),)))
+    pytest.importorskip("fastapi")
+    from traffic import Traffic
+
+    seen = []
+
+    def register_routes(app, config):
+        seen.append((app, config))
+        app.add_api_route("/hello", lambda: "you")
+
+    def call(given):
+        server = Traffic(types.SimpleNamespace(register_routes=lambda app, config: None))
+        plugins.call(plugins.load(PagedConfig(plugins=(given,))), "register_routes", **server.hook_arguments)
+        return server
+
+    server = call(plugin(register_routes=register_routes))
+    assert seen == [(server.app, server.app.state.config)]
+    assert server.client.get("/hello").json() == "you"
+    assert server.client.get("/metrics").status_code == 200  # a bundled plugin's
     with pytest.raises(PluginError, match="plugin 'mine' failed in register_routes"):
-        plugins.call(manager, "register_routes", app=app, config=None)
+        call(failing("register_routes"))
 
 
 # ------------------------------------------------------------------------------------------------------ names, options

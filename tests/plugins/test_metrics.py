@@ -12,15 +12,16 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
+from prometheus_client.parser import text_string_to_metric_families
+
 import hf_paged_metrics
 from hf_paged_metrics.metrics import sample_names
-from plugins.traffic import Traffic
-from prometheus_client.parser import text_string_to_metric_families
+from traffic import Traffic
 
 # As people know them; counters are served with _total behind.
 GAUGES = "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info"
-COUNTERS = """prefix_cache_queries prefix_cache_hits num_preemptions prompt_tokens prompt_tokens_cached generation_tokens
-    request_success"""
+COUNTERS = """prefix_cache_queries prefix_cache_hits num_preemptions prompt_tokens prompt_tokens_cached
+    generation_tokens request_success"""
 HISTOGRAMS = """request_prompt_tokens request_generation_tokens iteration_tokens_total request_params_n
     request_params_max_tokens time_to_first_token_seconds inter_token_latency_seconds
     request_time_per_output_token_seconds e2e_request_latency_seconds request_queue_time_seconds
@@ -157,7 +158,7 @@ def test_processes_that_share_a_directory_are_counted_together(tmp_path):
     code = textwrap.dedent("""
         import sys
         import hf_paged_metrics
-        from plugins.traffic import Traffic
+        from traffic import Traffic
 
         traffic = Traffic(hf_paged_metrics)
         for index in range(int(sys.argv[1])):

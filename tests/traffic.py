@@ -21,7 +21,8 @@ class Traffic:
         self.lifecycle = self.app.state.lifecycle = types.SimpleNamespace(on_start=[], on_stop=[])
         config = types.SimpleNamespace(names=("tiny",), paged=PagedConfig(**options))
         self.app.state.config = config
-        plugin.register_routes(self.app, config)
+        self.hook_arguments = {"app": self.app, "config": config}
+        plugin.register_routes(**self.hook_arguments)
         self.client = TestClient(self.app)
 
     def start(self, name, **fields):
@@ -44,6 +45,7 @@ class Traffic:
         steps = [StepRecord(*step) for step in fields.pop("steps", [])]
         base = {
             "replica": 0, "time": 0.0, "num_steps": 1, "busy": True, "running": [], "waiting": [], "kv_usage": 0.25,
-            "num_blocks": 100, "num_free": 75, "block_size": 16, "prefix_queries": 0, "prefix_hits": 0, "preemptions": 0,
+            "num_blocks": 100, "num_free": 75, "block_size": 16, "prefix_queries": 0, "prefix_hits": 0,
+            "preemptions": 0,
         }  # fmt: skip
         self.stats.engine(EngineStats(**{**base, **fields}, steps=steps))
