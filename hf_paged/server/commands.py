@@ -75,6 +75,7 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
 def _add_load(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load and life")
     defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    group.add_argument("--no-spare-engine", action="store_true", help="save the memory of a process that waits at hand")
     for name, kind, text in (
         ("max-queue-requests", at_least_one, "requests that may wait; more get 429"),
         ("max-queue-tokens", at_least_one, "prompt tokens that may wait; more get 429"),
@@ -109,6 +110,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         api_keys=_api_keys(args),
         cors_origins=tuple(args.allowed_origins),
         log_requests=not args.disable_log_requests,
+        spare_engine=not args.no_spare_engine,
     )
 
 

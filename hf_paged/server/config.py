@@ -34,6 +34,7 @@ class ServerConfig:
         default_timeout: seconds that a call may take, where it names no `timeout`; None: no limit.
         max_queue_seconds: how long a request may wait until it is handed to an engine; None: no limit.
         drain_timeout: seconds that running requests have after SIGTERM.
+        spare_engine: keep a process at hand that has imported everything, for a restart to take less time.
         watchdog: seconds without a step, though there is work, after which an engine hangs.
         tool_parser: how tool calls are found in text: auto, hermes, json, or none.
         log_requests: log a line for each request. log_level, log_format: of the logs; "json" or "text".
@@ -69,6 +70,7 @@ class ServerConfig:
     default_timeout: float | None = None
     max_queue_seconds: float | None = None
     drain_timeout: float = 30.0
+    spare_engine: bool = True
     watchdog: float = 60.0
     tool_parser: str = "auto"
     log_requests: bool = True

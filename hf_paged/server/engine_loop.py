@@ -260,7 +260,7 @@ class _Carried:
             self._began = True
             delta.cached = request.num_cached or 0
             if request.prompt_logprobs is not None:
-                delta.prompt_logprobs = [entry and _packed(entry) for entry in request.prompt_logprobs]
+                delta.prompt_logprobs = [None if entry is None else _packed(entry) for entry in request.prompt_logprobs]
         self._told += len(delta.tokens)
         if request.finished:
             self._finish(delta)

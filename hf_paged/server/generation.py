@@ -214,9 +214,10 @@ class Call:
         try:
             left = len(tasks)
             while left:
-                choice, piece = await merged.get()
-                if isinstance(piece, BaseException):
-                    raise piece
+                choice, found = await merged.get()
+                if isinstance(found, BaseException):
+                    raise found
+                piece = found
                 left -= piece.finish_reason is not None
                 yield choice, piece
         finally:

@@ -64,9 +64,12 @@ class _Observer:
 
 def main() -> None:
     """Build the engine, say that it is ready, and carry requests until the front says stop or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches the whole group; the front decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what ends
         signal.signal(number, signal.SIG_IGN)
-    orders: Orders = pickle.load(sys.stdin.buffer)
+    try:
+        orders: Orders = pickle.load(sys.stdin.buffer)
+    except EOFError:  # a spare that nobody needed
+        return
     threading.Thread(target=_die_with_front, daemon=True).start()
     logs.configure(orders.config.log_level, orders.config.log_format)
     context = zmq.Context()
@@ -164,7 +167,7 @@ def _constrainer(manager: Any, config: ServerConfig) -> Any:
         with lock:
             if not tokenizer:
                 name = config.tokenizer or config.model
-                options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+                options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
                 tokenizer.append(load_tokenizer(name, **options))
         plugins.constrain(manager, request, tokenizer[0])
 

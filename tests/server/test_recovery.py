@@ -8,8 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 
-import httpx
-import pytest
 from server import load
 from server.conftest import ServerProcess
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError
 from hf_paged.server.front.engine import Snapshot, Submission
-from hf_paged.server.front.process import Sockets
+from hf_paged.server.front.process import Sockets, Spares
 from hf_paged.server.front.replica import Replica
 from hf_paged.server.front.router import Router
 from hf_paged.server.front.tickets import Stream, Ticket
@@ -45,7 +45,8 @@ class Fleet:
         self._config = config
         self._stats = stats
         self._sockets = Sockets()
-        self._replicas = [Replica(index, config, self._sockets, self) for index in range(config.replicas)]
+        self._spares = Spares(config.spare_engine)
+        self._replicas = [Replica(i, config, self._sockets, self._spares, self) for i in range(config.replicas)]
         self._router = Router()
         self._queue: list[Ticket] = []  # never placed; by sort key
         self._returning: list[Ticket] = []  # from dead engines; suspects last
@@ -88,12 +89,13 @@ class Fleet:
         self.abort_all()
         for replica in self._replicas:
             replica.stop()
-        await asyncio.wait(self._tasks[:-1], timeout=0.5)
+        await asyncio.wait(self._tasks[: len(self._replicas)], timeout=0.5)
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._spares.close()
         self._sockets.close()
 
     def snapshot(self) -> Snapshot:
@@ -239,6 +241,8 @@ class Fleet:
         replica.room = ready.max_num_seqs + max(1, ready.max_num_seqs // 8)
         self.info = self.info or ready
         self._pump()
+        if all(other.state in ("ready", "stopped") for other in self._replicas):
+            self._tasks.append(asyncio.create_task(self._spares.prepare()))
 
     def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
         """See `replica.Owner`."""

@@ -31,7 +31,7 @@ class Sockets:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hf_paged-"))
         self.context = zmq.asyncio.Context()
-        self.plain = zmq.Context.shadow(self.context.underlying)
+        self.plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self.context.underlying)
         self._numbers = itertools.count()
 
     def address(self) -> str:
@@ -44,18 +44,63 @@ class Sockets:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+async def spawn() -> asyncio.subprocess.Process:
+    """An engine process that waits for its orders. A session of its own: Ctrl-C is the front's to act on."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hf_paged.server.worker", stdin=asyncio.subprocess.PIPE, start_new_session=True
+    )
+
+
+class Spares:
+    """Keeps one process at hand that has imported everything and waits for its orders.
+
+    Importing torch and Transformers takes many seconds, which a restart then doesn't need.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._spare: asyncio.subprocess.Process | None = None
+        self._making = asyncio.Lock()
+
+    async def take(self) -> asyncio.subprocess.Process:
+        """The spare, or else a new process."""
+        async with self._making:
+            spare, self._spare = self._spare, None
+        if spare is not None and spare.returncode is None:
+            return spare
+        return await spawn()
+
+    async def prepare(self) -> None:
+        """Have a spare; called when there is time for it."""
+        async with self._making:
+            if self._enabled and (self._spare is None or self._spare.returncode is not None):
+                self._spare = await spawn()
+
+    async def close(self) -> None:
+        """End the spare."""
+        self._enabled = False
+        async with self._making:
+            spare, self._spare = self._spare, None
+        if spare is not None and spare.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                spare.kill()
+            await spare.wait()
+
+
 class EngineProcess:
     """A running engine process and the two sockets to it.
 
     Args:
         sockets: where its sockets are made.
+        spares: where the process comes from.
         on_message: called in the event loop with each message.
 
     Attributes:
         pid: of the process, once it was started.
     """
 
-    def __init__(self, sockets: Sockets, on_message: Callable[[FromEngine], None]) -> None:
+    def __init__(self, sockets: Sockets, spares: Spares, on_message: Callable[[FromEngine], None]) -> None:
+        self._spares = spares
         self._inbox_address, self._outbox_address = sockets.address(), sockets.address()
         self._to = sockets.plain.socket(zmq.PUSH)
         self._from = sockets.context.socket(zmq.PULL)
@@ -72,9 +117,7 @@ class EngineProcess:
         from hf_paged.server.worker import Orders
 
         orders = Orders(replica, config.replicas, self._inbox_address, self._outbox_address, config)
-        process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hf_paged.server.worker", stdin=asyncio.subprocess.PIPE
-        )
+        process = self._process = await self._spares.take()
         self.pid = process.pid
         reader = asyncio.create_task(self._read())
         try:
@@ -116,7 +159,7 @@ class EngineProcess:
 
     def _read_rest(self) -> None:
         """What the process sent before it died: tokens that need not be computed again."""
-        socket = zmq.Socket.shadow(self._from.underlying)
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._from.underlying)
         with contextlib.suppress(zmq.Again):
             while True:
                 self._take(socket.recv(zmq.NOBLOCK))

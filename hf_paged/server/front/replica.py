@@ -8,7 +8,7 @@ import time
 from typing import Protocol
 
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.front.process import EngineProcess, Sockets
+from hf_paged.server.front.process import EngineProcess, Sockets, Spares
 from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, FromEngine, Ready, ToEngine
 
@@ -47,7 +47,8 @@ class Replica:
         failure: why it can't be started, once it is clear that trying again is of no use.
     """
 
-    def __init__(self, index: int, config: ServerConfig, sockets: Sockets, owner: Owner) -> None:
+    def __init__(self, index: int, config: ServerConfig, sockets: Sockets, spares: Spares, owner: Owner) -> None:
+        self._spares = spares
         self.index = index
         self.state = "starting"
         self.room = config.paged.max_num_seqs + max(1, config.paged.max_num_seqs // 8)
@@ -100,7 +101,7 @@ class Replica:
 
     async def _live_once(self) -> None:
         self._ready_since, self._why = None, ""
-        self._process = EngineProcess(self._sockets, self._take)
+        self._process = EngineProcess(self._sockets, self._spares, self._take)
         status = await self._process.run(self._config, self.index)
         why = self._why or _describe(status)
         age = time.monotonic() - self._ready_since if self._ready_since is not None else 0.0

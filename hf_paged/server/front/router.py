@@ -39,7 +39,7 @@ class Router:
         self._seen.pop(replica.index, None)
 
     def _known(self, index: int, keys: Sequence[bytes]) -> int:
-        seen = self._seen.get(index, {})
+        seen: OrderedDict[bytes, None] = self._seen.get(index, OrderedDict())
         count = 0
         for key in keys:
             if key not in seen:

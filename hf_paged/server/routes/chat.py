@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,12 +12,12 @@ from hf_paged.server.errors import invalid
 from hf_paged.server.generation import Call, Choice
 from hf_paged.server.protocol.chat import ChatRequest, ChatResponse
 from hf_paged.server.protocol.common import ERRORS
-from hf_paged.server.routes.chat_prompt import forced, plain
+from hf_paged.server.routes.chat_parts import ChatParts
+from hf_paged.server.routes.chat_prompt import effort, forced, plain
 from hf_paged.server.routes.respond import event, respond
 from hf_paged.server.sampling import constraint, needs_structured, sampling_params
 from hf_paged.server.text.logprobs import chat_logprobs, prompt_logprobs
 from hf_paged.server.text.stream import Piece
-from hf_paged.server.text.tools import ParsedCall, ToolParser
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -29,51 +28,6 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     call = Call(request, body, "chatcmpl")
     answer = _Answer(call, body)
     return await respond(request, call, bool(body.stream), answer.events, answer.whole)
-
-
-@dataclasses.dataclass
-class ChatPart:
-    """What a piece adds to an answer: text to show, calls that are complete, and how it ended."""
-
-    text: str
-    calls: list[ParsedCall]
-    finish_reason: str | None
-
-
-class ChatParts:
-    """Divides the pieces of one answer into text and tool calls.
-
-    Args:
-        names: functions that may be called; none: all is text.
-        form: see `ToolParser`.
-        named: the function that the whole answer is the arguments of.
-        whole: nothing is shown before the answer is complete: it is a list of calls.
-        parallel: several calls may be made; else the first counts.
-    """
-
-    def __init__(self, names: list[str], form: str, *, named: str | None, whole: bool, parallel: bool) -> None:
-        self._parser = ToolParser(names, "json" if whole else form) if names else None
-        self._named = named
-        self._held = ""
-        self._parallel = parallel
-        self.num_calls = 0
-
-    def add(self, piece: Piece) -> ChatPart:
-        """What a piece adds."""
-        reason, last = piece.finish_reason, piece.finish_reason is not None
-        if self._named is not None:
-            self._held += piece.text
-            if not last:
-                return ChatPart("", [], None)
-            self.num_calls = 1
-            return ChatPart("", [ParsedCall(self._named, self._held)], "tool_calls" if reason == "stop" else reason)
-        if self._parser is None:
-            return ChatPart(piece.text, [], reason)
-        text, calls = self._parser.add(piece.text, last=last)
-        if not self._parallel:
-            calls = calls[: 1 - self.num_calls]
-        self.num_calls += len(calls)
-        return ChatPart(text, calls, "tool_calls" if self.num_calls and reason == "stop" else reason)
 
 
 class _Answer:
@@ -106,11 +60,8 @@ class _Answer:
         if body.chat_template is not None and not call.config.trust_request_chat_template:
             raise invalid("chat_template of a call needs --trust-request-chat-template", "chat_template")
         options = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            template = body.chat_template or call.model_text.chat_template or ""
-            if "reasoning_effort" not in template:
-                raise invalid("the model's chat template knows no reasoning_effort; leave it out", "reasoning_effort")
-            options["reasoning_effort"] = body.reasoning_effort
+        template = body.chat_template or call.model_text.chat_template
+        options |= effort(body.reasoning_effort, template, "reasoning_effort")
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         return await call.model_text.render(
             [plain(message) for message in body.messages],

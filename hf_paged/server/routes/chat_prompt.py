@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_paged.server.errors import invalid
 from hf_paged.server.protocol.chat import Message, NamedTool, Tool
 
 ROLES = {"developer": "system"}  # templates know the older name
@@ -22,7 +23,7 @@ def plain(message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+                "function": {"name": call.function.name, "arguments": arguments_of(call.function.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -37,11 +38,25 @@ def _text(message: Message) -> str:
     return "\n".join(part.text for part in message.content)
 
 
-def _arguments(text: str) -> Any:
+def arguments_of(text: str) -> Any:
+    """A call's arguments as templates want them: parsed, if they are JSON."""
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def effort(wanted: str | None, template: str | None, param: str) -> dict[str, str]:
+    """The template's option for how much to think.
+
+    Raises:
+        APIError: 400, the template knows none.
+    """
+    if wanted is None:
+        return {}
+    if "reasoning_effort" not in (template or ""):
+        raise invalid("the model's chat template knows no reasoning_effort; leave it out", param)
+    return {"reasoning_effort": wanted}
 
 
 def forced(

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from hf_paged.params import SamplingParams
 from hf_paged.server.errors import invalid
 from hf_paged.server.generation import Call, Choice
+from hf_paged.server.messages import TokenLogprobs
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.completions import CompletionRequest, CompletionResponse
 from hf_paged.server.routes.respond import event, respond
@@ -134,7 +135,8 @@ class _Answer:
         count = self._body.logprobs
         assert count is not None
         builder = self._logprobs.setdefault(choice.index, CompletionLogprobs(self._call.model_text, count))
-        tokens, entries = list(piece.tokens), list(piece.logprobs or [])
+        tokens: list[int] = list(piece.tokens)
+        entries: list[TokenLogprobs | None] = list(piece.logprobs or [])
         if self._body.echo and piece.prompt_logprobs is not None:
             tokens, entries = [*choice.prompt, *tokens], [*piece.prompt_logprobs, *entries]
         return builder.add(tokens, entries) if tokens else None

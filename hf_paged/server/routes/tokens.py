@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 
 from hf_paged.server.errors import APIError, invalid
@@ -11,7 +13,7 @@ from hf_paged.server.routes.chat_prompt import plain
 from hf_paged.server.text.model_text import ModelText
 
 router = APIRouter(tags=["tokens"])
-_ERRORS = {status: ERRORS[status] for status in (400, 401, 404, 413)}
+_ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 401, 404, 413)}
 
 
 @router.post("/tokenize", responses=_ERRORS, summary="Text or a conversation to ids")

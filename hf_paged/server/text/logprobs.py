@@ -56,14 +56,14 @@ def prompt_logprobs(
     """The `prompt_logprobs` of vLLM's answers: for each prompt token id -> its log-probability, rank and text."""
     if entries is None:
         return None
-    return [
-        entry
-        and {
-            str(token): {"logprob": finite(value), "rank": rank, "decoded_token": text.token(token)}
-            for token, value, rank in zip(entry.ids, entry.logprobs, entry.ranks, strict=True)
-        }
-        for entry in entries
-    ]
+    return [None if entry is None else _by_id(text, entry) for entry in entries]
+
+
+def _by_id(text: ModelText, entry: TokenLogprobs) -> dict[str, Any]:
+    return {
+        str(token): {"logprob": finite(value), "rank": rank, "decoded_token": text.token(token)}
+        for token, value, rank in zip(entry.ids, entry.logprobs, entry.ranks, strict=True)
+    }
 
 
 def best_of(entry: TokenLogprobs, count: int) -> list[tuple[int, float]]:

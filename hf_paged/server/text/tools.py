@@ -65,7 +65,10 @@ class ToolParser:
             if calls:
                 self._text = ""
                 return "", calls
-        shown, calls = self._take_hermes(last) if self._hermes else (self._take(len(self._text)), [])
+        if self._hermes:
+            shown, calls = self._take_hermes(last)
+        else:
+            shown, calls = self._take(len(self._text)), []
         self._shown = self._shown or bool(shown.strip()) or bool(calls)
         return shown, calls
 
@@ -80,7 +83,8 @@ class ToolParser:
         return taken
 
     def _take_hermes(self, last: bool) -> tuple[str, list[ParsedCall]]:
-        shown, calls = "", []
+        shown = ""
+        calls: list[ParsedCall] = []
         while (at := self._text.find(BEGIN)) >= 0:
             end = self._text.find(END, at)
             if end < 0 and not last:
