@@ -18,13 +18,14 @@ from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import EngineClient
 from hf_paged.server.lifecycle import Lifecycle
-from hf_paged.server.middleware import APIKeys, BodyLimit, RequestIds
+from hf_paged.server.middleware import PROBES, APIKeys, BodyLimit, RequestIds
 from hf_paged.server.routes import ROUTERS
 from hf_paged.server.stats import ServerStats
 
 if TYPE_CHECKING:
     from hf_paged.server.text.model_text import ModelText
 
+STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +56,7 @@ def create_app(
     for router in ROUTERS:
         app.include_router(router)
     _add_error_bodies(app)
+    _tell_the_truth(app, bool(config.api_keys))
     plugins.call(manager or plugins.load(config.paged), "register_routes", app=app, config=config)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most=config.max_body_bytes)
@@ -82,6 +84,31 @@ def _add_error_bodies(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         body = APIError(error.status_code, str(error.detail)).body
         return JSONResponse(body, error.status_code, error.headers)
+
+
+def _tell_the_truth(app: FastAPI, keys: bool) -> None:
+    """Have the OpenAPI schema say what this server does: 400 for what is malformed, events for streams, API keys."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = made()
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    if path in STREAMED:
+                        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                    if keys and path not in PROBES:
+                        operation["security"] = [{"key": []}]
+            schemas = schema.get("components", {}).get("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            if keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def from_validation(errors: Any) -> APIError:

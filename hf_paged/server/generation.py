@@ -269,7 +269,7 @@ class Call:
 def _check(delta: Delta) -> None:
     """Raise what ended a sequence, unless it ended well."""
     if delta.finish == "deadline":
-        raise APIError(504, "the deadline of this request is over; give a longer timeout", code="deadline_exceeded")
+        raise APIError(408, "the deadline of this request is over; give a longer timeout", code="deadline_exceeded")
     if delta.finish == "queue_timeout":
         raise APIError(
             429, "the request waited too long for its turn; try again later", code="queue_timeout", retry_after=2

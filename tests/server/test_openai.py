@@ -23,7 +23,12 @@ WEATHER = {
     "function": {
         "name": "get_weather",
         "description": "The weather in a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "London"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
     },
 }
 
@@ -63,7 +68,8 @@ def test_completions(client: OpenAI, expected: Any) -> None:
     answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=8, temperature=0)
     assert answer.choices[0].text == expected(prompt).text
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage and answer.usage.completion_tokens == 8
+    assert answer.usage
+    assert answer.usage.completion_tokens == 8
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
     assert answer.object == "text_completion"
     assert len(client.completions.create(model=MODEL, prompt=prompt, temperature=0).choices[0].text) > 0  # 16 tokens
@@ -78,7 +84,8 @@ def test_completions_stream(client: OpenAI, expected: Any) -> None:
         )
     )
     assert "".join(c.choices[0].text for c in chunks if c.choices) == expected(prompt).text
-    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 8
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens == 8
     assert chunks[-2].choices[0].finish_reason == "length"
 
 
@@ -120,7 +127,10 @@ def test_logprobs_and_echo(client: OpenAI, expected: Any) -> None:
     (choice,) = answer.choices
     assert choice.text == prompt + own.text
     logprobs = choice.logprobs
-    assert logprobs and logprobs.tokens and logprobs.token_logprobs and logprobs.top_logprobs
+    assert logprobs
+    assert logprobs.tokens
+    assert logprobs.token_logprobs
+    assert logprobs.top_logprobs
     assert "".join(logprobs.tokens) == choice.text
     assert logprobs.token_logprobs[0] is None
     values = [entry[token].logprob for entry, token in zip(own.logprobs, own.token_ids, strict=True)]
@@ -288,7 +298,8 @@ def test_responses(client: OpenAI) -> None:
     assert kinds[0] == "response.created"
     assert kinds[-1] == "response.completed"
     short = client.responses.create(model=MODEL, input="Tell me a story.", max_output_tokens=4, temperature=0)
-    assert short.status == "incomplete" and short.incomplete_details.reason == "max_output_tokens"
+    assert short.status == "incomplete"
+    assert short.incomplete_details.reason == "max_output_tokens"
     tool = {"type": "function", "name": "get_weather", "parameters": WEATHER["function"]["parameters"]}
     forced = client.responses.create(
         model=MODEL,
@@ -299,7 +310,8 @@ def test_responses(client: OpenAI) -> None:
         temperature=0,
     )
     (call,) = forced.output
-    assert call.type == "function_call" and "city" in json.loads(call.arguments)
+    assert call.type == "function_call"
+    assert "city" in json.loads(call.arguments)
     form = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": ["a", "b"]}}}
     told = client.responses.create(
         model=MODEL,

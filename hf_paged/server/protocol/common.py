@@ -85,7 +85,7 @@ class Shared(Strict):
     cache_salt: Str | None = Field(
         None, min_length=1, description="Only requests of the same salt share cached blocks."
     )
-    timeout: Float | None = Field(None, gt=0, description="Seconds after which the call ends with 504.")
+    timeout: Float | None = Field(None, gt=0, description="Seconds after which the call ends with 408.")
     user: Str | None = Field(None, description="Named in the server's logs.")
     stream: Bool | None = False
 
@@ -169,6 +169,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         429: "Too much is waiting; Retry-After says when to come again.",
         500: "The request failed.",
         503: "Starting, or shutting down.",
-        504: "The deadline is over.",
+        408: "The deadline is over.",
     }.items()
 }
