@@ -28,7 +28,14 @@ from hf_paged.types import CacheSpec, Request, StepStats
 logger = logging.getLogger(__name__)
 
 # Bundled plugins, in the order in which they are asked.
-BUNDLED = ("hf_paged_triton", "hf_paged_sdpa", "hf_paged_structured", "hf_paged_metrics", "hf_paged_otel")
+BUNDLED = (
+    "hf_paged_triton",
+    "hf_paged_sdpa",
+    "hf_paged_structured",
+    "hf_paged_metrics",
+    "hf_paged_otel",
+    "hf_paged_dashboard",
+)
 
 
 class Core:

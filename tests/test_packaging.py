@@ -188,6 +188,6 @@ def test_the_wheel_holds_its_packages_and_nothing_else(tmp_path):
     for folder in ("hf_paged", "kernels/hf_paged_kernels", *bundled):
         for path in modules(ROOT / folder):
             assert str(path.relative_to((ROOT / folder).parent)) in names
-    assert "hf_paged/py.typed" in names
+    assert {"hf_paged/py.typed", "hf_paged_dashboard/page.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "hf-paged = hf_paged.cli:main" in entry_points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -22,10 +23,10 @@ PROBES = frozenset({"/health", "/ready"})  # what an orchestrator asks, without 
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-async def send_error(error: APIError, send: Send) -> None:
-    """Answer with an error body."""
+async def send_error(error: APIError, send: Send, **more: str) -> None:
+    """Answer with an error body; `more` are headers."""
     body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers, **more}
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
@@ -73,6 +74,9 @@ class RequestIds:
 class APIKeys:
     """Asks for one of the keys, as `Authorization: Bearer KEY`, on every route but the probes.
 
+    A browser can't send that for a page that somebody opens; so a page is asked for by Basic authentication, which
+    browsers have a window for: any user name, and the key as the password.
+
     All keys are compared, each in constant time, so that how long it takes tells nothing.
     """
 
@@ -88,13 +92,26 @@ class APIKeys:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await send_error(error, send)
+            page = "text/html" in Headers(scope=scope).get("accept", "")
+            await send_error(error, send, **{"WWW-Authenticate": 'Basic realm="hf_paged"' if page else "Bearer"})
 
     def _knows(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # A browser sends Basic credentials by itself, for another site's page too; that one must not have them.
+        if scheme.lower() == "basic" and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+            scheme, key = "bearer", _password(key)
         given = hashlib.sha256(key.strip().encode()).digest()
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(found) and scheme.lower() == "bearer"
+
+
+def _password(credentials: str) -> str:
+    """The password in Basic credentials, or an empty one where they are none."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 class BodyLimit:
@@ -111,31 +128,24 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._most:
             return await send_error(self._error(), send)
-        taken, began = 0, False
+        taken, refused = 0, False
 
         async def measured() -> Message:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self._most:
-                raise _TooLarge
-            return message
+            return {"type": "http.disconnect"} if taken > self._most else message
 
         async def noted(message: Message) -> None:
-            nonlocal began
-            began = True
-            await send(message)
+            """Whatever the application makes of half a body, the client is told of the limit."""
+            nonlocal refused
+            if taken <= self._most:
+                await send(message)
+            elif not refused:
+                refused = True
+                await send_error(self._error(), send)
 
-        try:
-            await self._app(scope, measured, noted)
-        except _TooLarge:
-            if began:
-                raise
-            await send_error(self._error(), send)
+        await self._app(scope, measured, noted)
 
     def _error(self) -> APIError:
         return APIError(413, f"the body is larger than {self._most} bytes, the server's limit", code="body_too_large")
-
-
-class _TooLarge(Exception):
-    pass
