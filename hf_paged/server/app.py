@@ -97,7 +97,7 @@ def _tell_the_truth(app: FastAPI, keys: bool) -> None:
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
                     if path in STREAMED:
-                        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
                     if keys and path not in PROBES:
                         operation["security"] = [{"key": []}]
             schemas = schema.get("components", {}).get("schemas", {})
