@@ -18,7 +18,7 @@ from hf_paged.bench import kernels, models, serve, throughput
 from hf_paged.config import PagedConfig
 from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
-from hf_paged.server.commands import add_serve_parser
+from hf_paged.server.commands import add_chat_parser, add_serve_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_demo_parser(subparsers)
     commands.add_generate_parser(subparsers)
     add_serve_parser(subparsers)
+    add_chat_parser(subparsers)
     _add_bench_parser(subparsers)
     _add_check_parser(subparsers)
     _add_plugins_parser(subparsers)

@@ -33,6 +33,23 @@ def add_serve_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run_serve)
 
 
+def add_chat_parser(subparsers: Any) -> None:
+    """Add `hf-paged chat`."""
+    parser = subparsers.add_parser(
+        "chat", help="talk to a server", description="Talk to a running server of OpenAI's protocol in the terminal."
+    )
+    parser.add_argument("message", nargs="?", metavar="TEXT", help="say this and end (default: a conversation)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--model", help="the name to ask for (default: the first that the server lists)")
+    parser.add_argument("--api-key", help=f"default: the environment variable {KEY_VARIABLE}")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the server's)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this share")
+    parser.add_argument("--max-tokens", type=at_least_one, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.set_defaults(run=run_chat)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and engine")
     group.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call it")
@@ -130,6 +147,15 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     if not keys and os.environ.get(KEY_VARIABLE):
         keys = [key for key in os.environ[KEY_VARIABLE].split(",") if key]
     return tuple(keys)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk to a server; the exit status."""
+    try:
+        from hf_paged.server.chat_client import run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"hf-paged chat {_EXTRA} ({error.name} is missing)") from error
+    return run(args)
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -32,7 +32,22 @@ POLL = 0.02
 def serve(config: ServerConfig) -> int:
     """Serve until a signal ends it; the exit status."""
     logs.configure(config.log_level, config.log_format)
-    return asyncio.run(_Server(config).run())
+    loop = _new_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(_Server(config).run())
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """The loop of uvloop, where it is installed; it doesn't exist for Windows."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 class _Server(uvicorn.Server):

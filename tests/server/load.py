@@ -90,3 +90,17 @@ async def all_streams(url: str, calls: Sequence[dict[str, Any]], **options: Any)
     """Stream all calls at once."""
     async with client(url) as http:
         return list(await asyncio.gather(*(stream(http, body, **options) for body in calls)))
+
+
+def until_idle(url: str, seconds: float = 10) -> bool:
+    """Whether the engine comes to hold nothing within that time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        text = httpx.get(url + "/metrics").text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        usage = [float(v) for name, v in values.items() if name.startswith("hf_paged:kv_cache_usage_perc")]
+        held = [float(v) for name, v in values.items() if name.startswith("hf_paged:num_requests")]
+        if usage and not any(usage) and not any(held):
+            return True
+        time.sleep(0.1)
+    return False

@@ -35,20 +35,6 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
-def idle(server: ServerProcess) -> bool:
-    """Whether the engine holds nothing any more: waits until it doesn't."""
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        text = httpx.get(server.url + "/metrics").text
-        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        usage = [float(v) for name, v in values.items() if name.startswith("hf_paged:kv_cache_usage_perc")]
-        running = [float(v) for name, v in values.items() if name.startswith("hf_paged:num_requests")]
-        if usage and not any(usage) and not any(running):
-            return True
-        time.sleep(0.1)
-    return False
-
-
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -202,7 +188,7 @@ def test_deadline(tiny_server: ServerProcess) -> None:
     assert (late.status_code, error_of(late)["code"]) == (408, "deadline_exceeded")
     text = post(tiny_server, "/v1/completions", {**LONG, "timeout": 0.3, "stream": True}).text
     assert events(text)[-1]["error"]["code"] == "deadline_exceeded"
-    assert idle(tiny_server)
+    assert load.until_idle(tiny_server.url)
 
 
 def test_a_client_that_leaves_frees_its_blocks(tiny_server: ServerProcess) -> None:
@@ -214,7 +200,7 @@ def test_a_client_that_leaves_frees_its_blocks(tiny_server: ServerProcess) -> No
         ):
             for _ in response.iter_bytes():
                 raise TimeoutError
-    assert idle(tiny_server)
+    assert load.until_idle(tiny_server.url)
 
 
 def test_stream_fails_with_a_status_before_its_first_token(tiny_server: ServerProcess) -> None:
