@@ -191,3 +191,12 @@ def test_the_wheel_holds_its_packages_and_nothing_else(tmp_path):
     assert {"hf_paged/py.typed", "hf_paged_dashboard/page.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "hf-paged = hf_paged.cli:main" in entry_points
+
+
+def test_bundled_plugins_import_no_optional_library():
+    optional = ("aiohttp", "fastapi", "llguidance", "opentelemetry", "prometheus_client")
+    code = (
+        "import sys; from hf_paged import PagedConfig, cli, plugins; plugins.load(PagedConfig()); "
+        f"print([name for name in {optional} if name in sys.modules])"
+    )
+    assert python(code, ROOT) == "[]"

@@ -48,7 +48,7 @@ class GrammarConstraint:
         if self.error is not None:
             raise self.error
         complete = self.matcher.is_stopped()
-        if not complete and self.mask is None and self.ahead is not None:
+        if not complete and self.mask is None and not self.pending and self.ahead is not None:
             self.ahead.ask(self)
         return complete
 

@@ -17,20 +17,15 @@ LIMITS = LLParserLimits(verbose_errors=False)
 
 
 def grammar_of(wanted: StructuredOutputs) -> str:
-    """The grammar of what is wanted.
+    """The grammar of what is wanted. What is wrong inside it is found when it is compiled.
 
     Raises:
-        InvalidRequestError: it can't be kept to: a syntax error, or a feature that isn't supported, which is named.
+        InvalidRequestError: it is none: a schema that isn't JSON, a grammar that isn't GBNF.
     """
-    kind = kind_of(wanted)
     try:
-        grammar = _translate(wanted)
+        return _translate(wanted)
     except ValueError as error:
-        raise InvalidRequestError(f"structured_outputs.{kind}: {error}") from error
-    # Without a tokenizer this finds all errors but those of size.
-    if problem := LLMatcher.validate_grammar(grammar, limits=LIMITS):
-        raise refused(kind, problem)
-    return grammar
+        raise refused(kind_of(wanted), str(error)) from error
 
 
 def kind_of(wanted: StructuredOutputs) -> str:
@@ -39,7 +34,7 @@ def kind_of(wanted: StructuredOutputs) -> str:
 
 
 def refused(kind: str, problem: str) -> InvalidRequestError:
-    """The error for a grammar that llguidance doesn't take, in its words, which name the feature."""
+    """The error for a grammar that llguidance doesn't take, in its words, which name what is wrong or unsupported."""
     words = " ".join(problem.split()).replace("Unimplemented keys:", "these keywords of JSON schema aren't supported:")
     return InvalidRequestError(f"structured_outputs.{kind} can't be kept to: {words}")
 

@@ -70,14 +70,10 @@ def _distribution(axis: Any, title: str, seconds: Sequence[float], limit: float 
     for share in (0.5, 0.99):
         value = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
         axis.plot([value], [share], "o", color=ORANGE, markersize=5)
-        axis.annotate(
-            f"p{share * 100:.0f} {value:,.3g} ms",
-            (value, share),
-            (7, -11),
-            textcoords="offset points",
-            color=INK,
-            fontsize=9,
-        )
+        text = f"p{100 * share:.0f} {value:,.0f} ms" if value >= 100 else f"p{100 * share:.0f} {value:.3g} ms"
+        right = value > ordered[-1] / 2  # the words lie on the side where there is room
+        place: dict[str, Any] = {"xytext": (-8 if right else 8, -12), "ha": "right" if right else "left"}
+        axis.annotate(text, (value, share), textcoords="offset points", color=INK, fontsize=9, **place)
     if limit is not None:
         axis.axvline(1000 * limit, color=GREEN, linestyle="--", linewidth=1.2)
     axis.set_ylim(0, 1.03)
