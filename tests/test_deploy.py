@@ -365,6 +365,8 @@ def test_images_have_the_versions_that_are_tested():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for package in ("torch", "hatchling"):
         assert f"{package}=={pins[package]}" in text
+    (tested,) = re.findall(r"Python (3\.\d+)", (ROOT / "constraints.txt").read_text())
+    assert set(re.findall(r"^FROM python:(3\.\d+)", text, re.MULTILINE)) == {tested}
     extras = re.findall(r"\[([\w,]+)\]\"", text)
     declared = re.search(r"optional-dependencies\](.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for group in extras for extra in group.split(","))

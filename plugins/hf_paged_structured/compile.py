@@ -82,7 +82,10 @@ class _Compiler:
                 f"structured_outputs needs an end-of-sequence id that the tokenizer knows; the request has {list(ends)}"
             )
         if ends not in self._tokenizers:
-            self._tokenizers[ends] = LLTokenizer(self._definition, eos_token=known)
+            try:
+                self._tokenizers[ends] = LLTokenizer(self._definition, eos_token=known)
+            except ValueError as error:
+                raise ConfigError(f"structured_outputs can't be kept to with this tokenizer: {error}") from error
         return self._tokenizers[ends]
 
 

@@ -250,6 +250,15 @@ def test_without_a_tokenizer_it_is_refused():
         llm.generate([[5]], wanting(regex="a"), use_tqdm=False)
 
 
+def test_a_tokenizer_that_can_not_be_read_is_said_to_be(llm):
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordPiece({"a": 0, "b": 1, "##c": 2}, unk_token="a")), eos_token="b"
+    )
+    request = Request("words", [0], wanting(regex="a"), frozenset([1]))
+    with pytest.raises(ConfigError, match="can't be kept to with this tokenizer"):
+        plugins.constrain(llm._patched.engine()[0].manager, request, words)
+
+
 def test_without_the_library_it_is_silent_until_asked_for(monkeypatch, tokenizer):
     monkeypatch.setattr(hf_paged_structured, "find_spec", lambda name: None)
     with LLM(model(), tokenizer=tokenizer) as llm:

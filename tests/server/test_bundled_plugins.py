@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import threading
 import time
 
@@ -91,6 +93,27 @@ def test_what_a_schema_asks_too_much_is_a_400_that_names_it(tiny_server):
     answer = complete(tiny_server, structured_outputs={"json": {"type": "array", "uniqueItems": True}})
     assert answer.status_code == 400
     assert "uniqueItems" in answer.json()["error"]["message"]
+
+
+def test_structured_outputs_go_on_where_they_were_when_the_engine_is_killed(serve):
+    server = serve("--no-spare-engine").wait_ready()
+    wanted = {"structured_outputs": {"regex": "([a-d]{3},){60}"}, "max_tokens": 400}
+    undisturbed = complete(server, **wanted).json()["choices"][0]
+    assert undisturbed["finish_reason"] == "stop"
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(complete(server, **wanted).json()))
+    thread.start()
+
+    def under_way():
+        state = httpx.get(server.url + "/dashboard/state", timeout=10).json()
+        return any(20 < one["output"] < 150 for one in state["requests"])
+
+    until(under_way)
+    os.kill(server.engine_pids[-1], signal.SIGKILL)
+    thread.join(120)
+    assert answers[0]["choices"] == [undisturbed]
+    assert sample(server, "engine_restarts_total") == 1
+    assert server.stop() == 0
 
 
 def test_routes_of_plugins_are_behind_the_key(serve):
