@@ -83,8 +83,9 @@ class Call:
     def _check(self) -> Ready:
         try:
             self._lifecycle.check()
-        except APIError:
-            self._stats.refused("draining")
+            self.engine.check_room(1)  # before any of its text is looked at
+        except APIError as error:
+            self._stats.refused(error.code or "refused")
             raise
         if self.body.model is not None and self.body.model not in self.config.names:
             raise APIError(
@@ -93,13 +94,11 @@ class Call:
                 param="model",
                 code="model_not_found",
             )
-        if self.engine.info is None:
-            self._stats.refused("not_ready")
-            raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
         if self.body.priority and self.config.paged.scheduler != "priority":
             raise invalid(
                 f"priority={self.body.priority} needs the scheduler 'priority'; start the server with it", "priority"
             )
+        assert self.engine.info is not None  # else there would be no room
         return self.engine.info
 
     # ---------------------------------------------------------------------------------------------------------- prompts

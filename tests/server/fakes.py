@@ -50,9 +50,11 @@ class FakeEngine:
         self.finish = "stop"
         self._ids = tiny.tokenizer().encode(text, add_special_tokens=False)
 
-    def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
+    def check_room(self, count: int, tokens: int = 0) -> None:
         if self.refusal:
             raise self.refusal
+
+    def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
         streams = []
         for submission in group:
             self.asked.append(submission)

@@ -57,6 +57,7 @@ async def stream(
             outcome.status = response.status_code
             if response.status_code != 200:
                 outcome.error = (await response.aread()).decode()
+                outcome.times.append(time.monotonic())
                 return outcome
             async for line in response.aiter_lines():
                 if line == "data: [DONE]" or not line.startswith("data: "):

@@ -82,13 +82,21 @@ class EngineClient(Protocol):
 
     info: Ready | None
 
+    def check_room(self, count: int, tokens: int = 0) -> None:
+        """See whether so many sequences, with so many prompt tokens, would be taken now.
+
+        Raises:
+            APIError: 429, the queue is full; 503, nothing is taken now.
+        """
+        ...
+
     def submit(self, group: Sequence[Submission]) -> Sequence[DeltaStream]:
         """Take sequences that share a prompt; for each the stream of what it brings, which ends after `finish`.
 
         Nothing is awaited: a request is in once this returns. Leaving a stream early (`aclose`) aborts its sequence.
 
         Raises:
-            APIError: the queue is full, or nothing is taken now; none of the group was.
+            APIError: as `check_room`; none of the group was taken.
         """
         ...
 

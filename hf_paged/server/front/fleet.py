@@ -144,9 +144,7 @@ class Fleet:
 
     def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
         """See `EngineClient.submit`."""
-        if self._closed or self.info is None:
-            raise APIError(503, "the engine is not ready yet; try again soon", code="not_ready", retry_after=2)
-        self._check_room(group)
+        self.check_room(len(group), sum(len(submission.prompt) for submission in group))
         tickets = []
         for submission in group:
             priority = submission.priority if self._config.paged.scheduler == "priority" else 0
@@ -169,21 +167,18 @@ class Fleet:
     def _left(self, ticket: Ticket) -> None:
         self.abort(ticket.submission)
 
-    def _check_room(self, group: Sequence[Submission]) -> None:
-        """Refuse what the queue has no room for.
-
-        Raises:
-            APIError: 429.
-        """
+    def check_room(self, count: int, tokens: int = 0) -> None:
+        """See `EngineClient.check_room`."""
+        if self._closed or self.info is None:
+            raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
         room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
-        waiting = len(self._queue) + len(self._returning) + len(group) - room
-        tokens = self._queued_tokens + sum(len(submission.prompt) for submission in group)
+        waiting = len(self._queue) + len(self._returning) + count - room
         most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens
         after = self._retry_after()
         if waiting > most:
             message = f"{len(self._queue)} requests are waiting, and {most} may; try again in {after:.0f} s"
             raise APIError(429, message, code="queue_full", retry_after=after)
-        if waiting > 0 and tokens > most_tokens and self._queue:
+        if self._queue and self._queued_tokens + tokens > most_tokens:
             message = (
                 f"{self._queued_tokens} prompt tokens are waiting, and {most_tokens} may; try again in {after:.0f} s"
             )
