@@ -21,6 +21,8 @@ from hf_paged.server.messages import FromEngine, Stop, ToEngine, decode_from_eng
 
 logger = logging.getLogger(__name__)
 
+GRACE = 0.05
+
 
 class Sockets:
     """A directory of our own for sockets, and zmq's context.
@@ -126,7 +128,7 @@ class EngineProcess:
                 process.stdin.write(pickle.dumps(orders))
                 await process.stdin.drain()
             status = await process.wait()
-            self._read_rest()
+            await asyncio.sleep(GRACE)  # what it sent last may still be on its way: tokens, or why it couldn't start
             return status
         finally:
             reader.cancel()
@@ -156,13 +158,6 @@ class EngineProcess:
     async def _read(self) -> None:
         while True:
             self._take(await self._from.recv())
-
-    def _read_rest(self) -> None:
-        """What the process sent before it died: tokens that need not be computed again."""
-        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._from.underlying)
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._take(socket.recv(zmq.NOBLOCK))
 
     def _take(self, packed: bytes) -> None:
         try:

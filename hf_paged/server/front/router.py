@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,13 +25,21 @@ class Router:
 
     def __init__(self) -> None:
         self._seen: dict[int, OrderedDict[bytes, None]] = {}
+        self._turns: dict[int, int] = {}  # of equals, the one that was not chosen for longest
+        self._turn = itertools.count(1)
 
     def choose(self, ticket: Ticket, replicas: Sequence[Replica]) -> Replica:
         """The replica of these that the sequence goes to; remembers that it did."""
         if len(replicas) == 1:
             return replicas[0]
         keys = _keys(ticket.submission.prompt, ticket.submission.cache_key)
-        best = min(replicas, key=lambda r: (r.load + ticket.size - GRAIN * self._known(r.index, keys), r.index))
+
+        def cost(replica: Replica) -> tuple[int, int]:
+            known = GRAIN * self._known(replica.index, keys)
+            return replica.load + ticket.size - known, self._turns.get(replica.index, 0)
+
+        best = min(replicas, key=cost)
+        self._turns[best.index] = next(self._turn)
         self._remember(best.index, keys)
         return best
 
