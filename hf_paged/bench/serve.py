@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     workload = choose(args)
     began, cpu = time.perf_counter(), time.process_time()
     requests, model = asyncio.run(load(args, workload))
-    share = (time.process_time() - cpu) / (time.perf_counter() - began)
+    busy = (time.process_time() - cpu) / (time.perf_counter() - began)
     summary = {
         "benchmark": "serve",
         "url": args.url,
@@ -88,16 +88,8 @@ def run(args: argparse.Namespace) -> int:
         "workload": workload.name,
         "load": _load_of(args),
         **figures.summarise(requests, objective),
-        "client": {
-            "cpu_share": round(share, 3),  # of one core; near 1 the client was the bottleneck, not the server
-            "most_late": round(max(timed.sent - timed.start for timed in requests), 4),
-        },
-        "environment": {
-            "command": shlex.join(["hf-paged", *sys.argv[1:]]),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "hf_paged": __version__,
-        },
+        "client": _client(requests, busy),
+        "environment": _environment(),
     }
     show(summary, Console(stderr=True))
     if args.plot:
@@ -199,6 +191,27 @@ def show(summary: dict[str, Any], console: Console) -> None:
         console.print(f"{count} times: {error}", style="red", markup=False)
     if summary["client"]["cpu_share"] > 0.8:
         console.print("this client used most of a core: it may have been slower than the server", style="red")
+
+
+def _client(requests: list[Timed], busy: float) -> dict[str, float]:
+    """How the client itself did: near a whole core, or much too late, it was what was measured."""
+    late = max(timed.sent - timed.start for timed in requests)
+    return {"cpu_share": round(busy, 3), "most_late": round(late, 4)}
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "command": shlex.join(["hf-paged", *_without_key(sys.argv[1:])]),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "hf_paged": __version__,
+    }
+
+
+def _without_key(arguments: list[str]) -> list[str]:
+    """The arguments as they may be published."""
+    hidden = ["…" if before == "--api-key" else text for before, text in zip(["", *arguments], arguments, strict=False)]
+    return ["--api-key=…" if text.startswith("--api-key=") else text for text in hidden]
 
 
 def _load_of(args: argparse.Namespace) -> dict[str, Any]:

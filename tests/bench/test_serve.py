@@ -264,6 +264,15 @@ def test_a_missing_key_is_told_as_the_server_says_it(capsys):
     assert "answers 401" in capsys.readouterr().err
 
 
+def test_the_key_is_not_published(monkeypatch, capsys):
+    for arguments in (["--api-key", KEY], [f"--api-key={KEY}"]):
+        monkeypatch.setattr("sys.argv", ["hf-paged", "bench", "serve", *arguments, "--requests", "1"])
+        with FakeServer() as server:
+            found = bench(capsys, server, "--requests", 1, "--prompt-len", 2, "--output-len", 2)
+        assert KEY not in json.dumps(found)
+        assert found["environment"]["command"].endswith("--requests 1")
+
+
 @pytest.mark.parametrize("option", [["--rate", "0"], ["--rate", "1", "--concurrency", "2"], ["--prompt-len", "5-2"]])
 def test_arguments_out_of_range(capsys, option):
     with pytest.raises(SystemExit, match="2"):

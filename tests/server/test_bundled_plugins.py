@@ -13,6 +13,8 @@ import httpx
 import jsonschema
 import pytest
 
+from hf_paged import cli
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -114,6 +116,27 @@ def test_structured_outputs_go_on_where_they_were_when_the_engine_is_killed(serv
     assert answers[0]["choices"] == [undisturbed]
     assert sample(server, "engine_restarts_total") == 1
     assert server.stop() == 0
+
+
+def test_bench_serve_measures_this_server(tiny_server, capsys):
+    arguments = [
+        "--requests",
+        "12",
+        "--concurrency",
+        "4",
+        "--prompt-len",
+        "5-20",
+        "--output-len",
+        "10",
+        "--warmup",
+        "1",
+    ]
+    before = sample(tiny_server, "generation_tokens_total")
+    assert cli.main(["bench", "serve", "--url", tiny_server.url, "--vocab-size", "200", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["completed"], found["output_tokens"], found["model"]) == (12, 120, "tiny")
+    assert found["ttft"]["p50"] > 0
+    assert sample(tiny_server, "generation_tokens_total") - before == 128  # with the warm-up's
 
 
 def test_routes_of_plugins_are_behind_the_key(serve):
