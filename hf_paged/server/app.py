@@ -18,6 +18,7 @@ from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import EngineClient
 from hf_paged.server.lifecycle import Lifecycle
+from hf_paged.server.logs import RequestLog
 from hf_paged.server.middleware import PROBES, APIKeys, BodyLimit, RequestIds
 from hf_paged.server.routes import ROUTERS
 from hf_paged.server.stats import ServerStats
@@ -53,6 +54,8 @@ def create_app(
     )
     app.state.config, app.state.engine, app.state.text, app.state.stats = config, engine, text, stats
     app.state.lifecycle = Lifecycle()
+    if config.log_requests:
+        stats.subscribe(RequestLog())
     for router in ROUTERS:
         app.include_router(router)
     _add_error_bodies(app)

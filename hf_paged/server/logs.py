@@ -7,6 +7,10 @@ import logging
 import sys
 import time
 
+from hf_paged.server.stats import RequestRecord
+
+logger = logging.getLogger("hf_paged.server.requests")
+
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -32,6 +36,19 @@ class _Text(logging.Formatter):
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in vars(record).items() if name not in _KNOWN}
+
+
+class RequestLog:
+    """A listener of ServerStats that logs each sequence when it ends."""
+
+    def request_finished(self, record: RequestRecord) -> None:
+        """Log it."""
+        names = ("client_id", "request_id", "endpoint", "user", "prompt_tokens", "cached_tokens", "output_tokens")
+        fields: dict[str, object] = {name: getattr(record, name) for name in names}
+        fields |= {"finish_reason": record.finish_reason, "replica": record.replica, "resumed": record.resumed}
+        for name, seconds in (("ttft", record.time_to_first_token), ("latency", record.latency)):
+            fields[name] = None if seconds is None else round(seconds, 4)
+        logger.info("finished", extra=fields)
 
 
 def configure(level: str, form: str) -> None:

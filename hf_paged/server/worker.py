@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 import zmq
+from transformers import AutoModelForCausalLM
 
 from hf_paged import plugins
 from hf_paged.bench import models
@@ -147,15 +148,16 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
 
 def _load(orders: Orders) -> Any:
     config = orders.config
-    if config.device is not None:
-        return models.load(config.model, config.device, config.dtype)
-    if torch.cuda.is_available():
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.device not in (None, "cuda"):
+        device = models.pick_device(config.device)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
+        return model.to(device).eval()
+    if models.pick_device(config.device).type == "cuda":
         torch.cuda.set_device(orders.replica % torch.cuda.device_count())
     elif orders.replicas > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // orders.replicas))
-    return load_model(
-        config.model, dtype=config.dtype, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    return load_model(config.model, dtype=config.dtype, **options)
 
 
 def _constrainer(manager: Any, config: ServerConfig) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import ssl
 import subprocess
@@ -44,7 +45,9 @@ def test_request_ids(tiny_server: ServerProcess) -> None:
     made = httpx.get(tiny_server.url + "/v1/models", headers={"X-Request-Id": "with space"})
     assert len(made.headers["x-request-id"]) == 32
     assert "request_id=abc-1" in tiny_server.text
-    named = post(tiny_server, "/v1/completions", {"prompt": "x", "max_tokens": 1, "request_id": "mine"})
+    called = {"prompt": "x", "max_tokens": 1, "request_id": "mine", "user": "somebody"}
+    named = post(tiny_server, "/v1/completions", called)
+    assert re.search("finished client_id=mine .* user=somebody prompt_tokens=1 ", tiny_server.text)
     assert named.json()["id"] == "cmpl-mine"
 
 

@@ -86,7 +86,7 @@ class EngineClient(Protocol):
         """See whether so many sequences, with so many prompt tokens, would be taken now.
 
         Raises:
-            APIError: 429, the queue is full; 503, nothing is taken now.
+            APIError: 429, the queue is full; 503, nothing is taken now; 400, so many never would be.
         """
         ...
 

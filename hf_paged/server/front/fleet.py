@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError
+from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import Snapshot, Submission
 from hf_paged.server.front.process import Sockets, Spares
 from hf_paged.server.front.replica import Replica
@@ -171,6 +171,10 @@ class Fleet:
         """See `EngineClient.check_room`."""
         if self._closed or self.info is None:
             raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
+        seats = sum(replica.room for replica in self._replicas)
+        if count > seats + self._config.max_queue_requests:
+            most = seats + self._config.max_queue_requests
+            raise invalid(f"{count} sequences in one call are more than the {most} that the server ever holds")
         room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
         waiting = len(self._queue) + len(self._returning) + count - room
         most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens

@@ -36,7 +36,9 @@ class ModelText:
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.chat_template = chat_template or tokenizer.chat_template
+        own = tokenizer.chat_template
+        self.chat_template = chat_template or (own if isinstance(own, str) else None)
+        self._several = isinstance(own, dict)  # the tokenizer chooses by whether there are tools
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
 
     @classmethod
@@ -124,7 +126,7 @@ class ModelText:
             APIError: 400, there is no template, or it refuses the conversation.
         """
         template = chat_template or self.chat_template
-        if not template:
+        if not template and not self._several:
             raise invalid(
                 "the model has no chat template; start the server with --chat-template, or use /v1/completions"
             )
