@@ -99,7 +99,8 @@ class FakeServer:
 def bench(capsys, server, *arguments, status=0):
     """The JSON that the command prints last."""
     capsys.readouterr()
-    command = ["bench", "serve", "--url", server.url, "--api-key", KEY, "--warmup", "0", *map(str, arguments)]
+    base = ["--url", server.url, "--api-key", KEY, "--warmup", "0", "--timeout", "60"]
+    command = ["bench", "serve", *base, *map(str, arguments)]
     assert cli.main(command) == status
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
