@@ -14,6 +14,7 @@ from server import fakes
 from server.conftest import events
 
 from hf_paged import SamplingParams
+from hf_paged.hf.detokenize import Detokenizer
 from hf_paged.server.errors import APIError
 from hf_paged.server.messages import Delta, TokenLogprobs
 from hf_paged.server.text import model_text
@@ -235,3 +236,15 @@ def test_parameters_reach_the_engine() -> None:
     fakes.call(app, "POST", "/v1/chat/completions", json=chat)
     asked = engine.asked[3]
     assert asked.params.max_tokens == 128 - len(asked.prompt)  # as many as fit
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_decoding_directly_is_decoding(skip: bool) -> None:
+    """The Rust tokenizer, asked directly, says what Transformers' `decode` says."""
+    ids = [7, 1, *range(3, 200), 2, 90, 2, *range(199, 3, -3)]
+    params = SamplingParams(skip_special_tokens=skip)
+    direct, called = Detokenizer(TOKENIZER, [5], params), Detokenizer(tiny.tokenizer(), [5], params)
+    called._decoder = lambda some: TOKENIZER.decode(some, skip_special_tokens=skip)
+    for token in ids:
+        assert direct.add([token]) == called.add([token])
+    assert direct.text == called.text
