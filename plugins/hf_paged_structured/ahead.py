@@ -33,7 +33,13 @@ class Ahead:
             if self._working:
                 return
             self._working = True
-        self._threads.submit(self._work)
+        try:
+            self._threads.submit(self._work)
+        except RuntimeError:  # the interpreter is shutting down: what was asked for is computed when it is needed
+            with self._changed:
+                for asked in self._asked:
+                    asked.pending = False
+                self._asked, self._working = [], False
 
     def wait_for(self, constraints: Sequence[GrammarConstraint]) -> None:
         """Wait until the masks that were asked for are there."""
@@ -54,11 +60,10 @@ class Ahead:
                     return
             try:
                 self.compute(batch)
-            except Exception as error:
+            except BaseException as error:  # whatever it is: nobody may wait for ever
                 for constraint in batch:
-                    constraint.error = error
-            finally:
-                with self._changed:
-                    for constraint in batch:
-                        constraint.pending = False
-                    self._changed.notify_all()
+                    constraint.error = RuntimeError(f"no mask could be computed: {error}")
+            with self._changed:
+                for constraint in batch:
+                    constraint.pending = False
+                self._changed.notify_all()

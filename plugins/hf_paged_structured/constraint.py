@@ -78,13 +78,26 @@ class GrammarConstraint:
 
 
 def fill(executor: LLExecutor, constraints: Sequence[GrammarConstraint]) -> None:
-    """Compute the masks of constraints, side by side on the CPU's cores; the interpreter is not held meanwhile."""
+    """Compute the masks of constraints, side by side on the CPU's cores; the interpreter is not held meanwhile.
+
+    A constraint whose mask can't be computed has an error then, and the others their masks.
+    """
     words = max(constraint.words for constraint in constraints)
     masks = np.empty((len(constraints), words), dtype=np.int32)
     matchers = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
-    executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, words * 4, len(constraints))
+    try:
+        executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, words * 4, len(constraints))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        if len(constraints) == 1:
+            constraints[0].error = RuntimeError(f"llguidance failed: {error}")
+        else:
+            for constraint in constraints:
+                fill(executor, [constraint])
+        return
     for constraint, mask in zip(constraints, masks, strict=True):
         if constraint.matcher.is_error():
-            mask[:] = -1
             constraint.failed_to_compute()
-        constraint.mask = mask
+        else:
+            constraint.mask = mask

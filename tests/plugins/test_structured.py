@@ -20,6 +20,8 @@ from hf_paged.hf.params import end_ids
 from hf_paged.types import Request
 
 pytest.importorskip("llguidance")
+import llguidance
+
 from hf_paged_structured.ahead import Ahead
 from hf_paged_structured.processor import apply
 
@@ -305,6 +307,52 @@ def test_masks_narrower_and_wider_than_the_logits(width):
                 expected[row, token] = -torch.inf
     apply(logits, [0, 2], masks)
     assert torch.equal(logits, expected)
+
+
+class Panic(BaseException):
+    """As Rust's panics come: not an Exception."""
+
+
+class BrokenExecutor:
+    """Panics over the matchers of some constraints."""
+
+    def __init__(self, bad):
+        self.bad = {id(constraint.matcher) for constraint in bad}
+        self.executor = llguidance.LLExecutor()
+
+    def unsafe_compute_mask_ptr(self, matchers, *where):
+        if self.bad & {id(matcher) for matcher, _ in matchers}:
+            raise Panic("index out of bounds")
+        self.executor.unsafe_compute_mask_ptr(matchers, *where)
+
+
+def test_a_mask_that_can_not_be_computed_costs_its_request_alone(llm, monkeypatch):
+    bad, driver = request_for(llm, "Bad", wanting(regex="[ab]{6}"))
+    good, _ = request_for(llm, "Good", wanting(regex="[ab]{6}"))
+    init = Ahead.__init__
+
+    def broken(self):
+        init(self)
+        self._executor = BrokenExecutor([bad.constraint])
+
+    monkeypatch.setattr(Ahead, "__init__", broken)
+    with driver.call([bad, good]) as call:
+        call.wait(lambda: bad.finished and good.finished)
+    assert (bad.finish_reason, good.finish_reason) == ("error", "stop")
+    assert "index out of bounds" in str(bad.error)
+
+
+def test_a_thread_that_breaks_off_leaves_nobody_waiting(llm):
+    one, _ = request_for(llm, "One", wanting(regex="[ab]{6}"))
+    ahead = Ahead()
+    ahead.compute = lambda constraints: (_ for _ in ()).throw(Panic("broken off"))
+    for _ in range(2):
+        ahead.ask(one.constraint)
+        ahead.wait_for([one.constraint])
+    assert "broken off" in str(one.constraint.error)
+    ahead._threads.shutdown()
+    ahead.ask(one.constraint)  # as at the interpreter's end
+    ahead.wait_for([one.constraint])
 
 
 def test_a_batch_that_does_not_concern_it_is_not_touched(llm):
