@@ -300,6 +300,9 @@ def test_the_queue_is_bounded(fleet: Any) -> None:
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert int(caught.value.headers["Retry-After"]) >= 1
         assert made.snapshot().waiting == 2
+        with pytest.raises(APIError, match="6 sequences in one call are more than the 5") as never:
+            made.submit([submission(i) for i in range(6)])
+        assert never.value.status == 400
         for stream in streams:
             assert (await read(stream))[1].finish == "length"
         await carried(made, [submission(99)])

@@ -12,13 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 from server import load
 from server.conftest import ServerProcess
 from server.test_recovery import killed_under_load
+
+import hf_paged
 
 # The issue's own size; `HF_PAGED_FULL=1 pytest tests/server` runs it.
 FULL = os.environ.get("HF_PAGED_FULL") == "1"
@@ -132,3 +136,40 @@ def test_one_of_two_replicas_dies(serve: Callable[..., ServerProcess]) -> None:
     assert [outcome.tokens for outcome in outcomes] == [outcome.tokens for outcome in expected]
     assert server.text.count("killed by signal 9") == 1
     assert server.stop() == 0
+
+
+@pytest.mark.skipif(not FULL, reason="takes minutes, and a machine that does nothing else; HF_PAGED_FULL=1 runs it")
+def test_http_never_takes_the_engines_time(smollm2_dir: Path, tmp_path: Path) -> None:
+    """Output tokens a second through the server against `LLM.generate`, on the same requests, in turn."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 40_000) for _ in range(rng.randrange(16, 64))] for _ in range(48)]
+    lengths = [rng.randrange(24, 49) for _ in prompts]
+    options = ("--served-model-name", "tiny", "--no-spare-engine", "--disable-log-requests")
+    server = ServerProcess(smollm2_dir, tmp_path / "log", *options)
+    try:
+        server.wait_ready()
+        ours, offline = [], []
+        for _ in range(3):
+            began = time.monotonic()
+            calls = [
+                {"prompt": prompt, "max_tokens": length, "ignore_eos": True, "temperature": 0}
+                for prompt, length in zip(prompts, lengths, strict=True)
+            ]
+            outcomes = asyncio.run(load.all_streams(server.url, [{**c, "cache_salt": str(began)} for c in calls]))
+            ours.append(sum(lengths) / (time.monotonic() - began))
+            assert all(outcome.ok for outcome in outcomes)
+            offline.append(_offline(smollm2_dir, prompts, lengths))
+    finally:
+        server.stop()
+    print(f"server {ours}, offline {offline} output tokens a second")
+    assert statistics.median(ours) > 0.85 * statistics.median(offline)
+
+
+def _offline(model: Path, prompts: list[list[int]], lengths: list[int]) -> float:
+    with hf_paged.LLM(str(model), skip_tokenizer_init=True) as llm:
+        params = [hf_paged.SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+        llm.generate(prompts[:1], hf_paged.SamplingParams(max_tokens=2), use_tqdm=False)
+        llm.reset_prefix_cache()
+        began = time.monotonic()
+        llm.generate(prompts, params, use_tqdm=False)
+        return sum(lengths) / (time.monotonic() - began)
