@@ -17,6 +17,7 @@ import psutil
 import torch
 import zmq
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from hf_paged import plugins
 from hf_paged.bench import models
@@ -73,6 +74,7 @@ def main() -> None:
         return
     threading.Thread(target=_die_with_front, daemon=True).start()
     logs.configure(orders.config.log_level, orders.config.log_format)
+    disable_progress_bar()  # its line is none of a log's
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, address in ((inbox, orders.inbox), (outbox, orders.outbox)):

@@ -93,15 +93,25 @@ async def all_streams(url: str, calls: Sequence[dict[str, Any]], **options: Any)
         return list(await asyncio.gather(*(stream(http, body, **options) for body in calls)))
 
 
+def metrics(url: str, *names: str) -> float:
+    """The sum of these metrics, over all their labels."""
+    lines = [line.rsplit(" ", 1) for line in httpx.get(url + "/metrics").text.splitlines() if not line.startswith("#")]
+    return sum(float(value) for name, value in lines if name.split("{")[0] in names)
+
+
+HELD = ("hf_paged:num_requests_running", "hf_paged:num_requests_waiting", "hf_paged:kv_cache_usage_perc")
+
+
+def seen(url: str) -> int:
+    """How many requests were accepted so far."""
+    return int(metrics(url, *HELD[:2], "hf_paged:request_success_total"))
+
+
 def until_idle(url: str, seconds: float = 10) -> bool:
     """Whether the engine comes to hold nothing within that time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        text = httpx.get(url + "/metrics").text
-        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        usage = [float(v) for name, v in values.items() if name.startswith("hf_paged:kv_cache_usage_perc")]
-        held = [float(v) for name, v in values.items() if name.startswith("hf_paged:num_requests")]
-        if usage and not any(usage) and not any(held):
+        if metrics(url, *HELD) == 0:
             return True
         time.sleep(0.1)
     return False

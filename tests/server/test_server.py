@@ -217,14 +217,14 @@ def test_stream_fails_with_a_status_before_its_first_token(tiny_server: ServerPr
 def test_sigterm_drains(serve: Callable[..., ServerProcess]) -> None:
     """What was accepted completes, what is new is refused, and the exit status is 0."""
     server = serve("--no-spare-engine", "--max-num-seqs", "4").wait_ready()
-    calls = load.bodies(12, longest=200)
+    calls = load.bodies(12, longest=400)
     outcomes: list[load.Outcome] = []
     running = threading.Thread(target=lambda: outcomes.extend(asyncio.run(load.all_streams(server.url, calls))))
     running.start()
     until = time.monotonic() + 20
-    while "POST" not in server.text and httpx.get(server.url + "/metrics").text.count("num_requests_running") == 0:
+    while load.seen(server.url) < len(calls):
         assert time.monotonic() < until
-    time.sleep(0.5)
+        time.sleep(0.02)
     server.signal(signal.SIGTERM)
     time.sleep(0.1)
     refused = post(server, "/v1/completions", {"prompt": "x"})
