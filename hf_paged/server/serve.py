@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -117,6 +118,8 @@ class _Server(uvicorn.Server):
             self._failure = ConfigError(error.message)
             self.should_exit = True
             return
+        gc.collect()
+        gc.freeze()  # what is here now stays; the collector need not walk it while streams wait
         if life.phase is Phase.STARTING:
             life.phase = Phase.READY
             logger.info("ready after %.1f s", time.time() - life.started)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 
+import psutil
+import pytest
 from server import load
 from server.conftest import ServerProcess
+
+from hf_paged import cli
 
 # The issue's own size; `HF_PAGED_FULL=1 pytest tests/server` runs it.
 FULL = os.environ.get("HF_PAGED_FULL") == "1"
@@ -55,3 +60,25 @@ def test_kill_9_again_and_again(serve: Callable[..., ServerProcess]) -> None:
     assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
     assert server.text.count("killed by signal 9") == KILLS
     assert server.stop() == 0
+
+
+def test_engines_end_with_their_front(serve: Callable[..., ServerProcess]) -> None:
+    """However the front ends, neither its engine nor the spare process is left behind."""
+    server = serve().wait_ready()
+    front = psutil.Process(server.process.pid)
+    until = time.monotonic() + 20
+    while len(front.children()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = front.children()
+    server.process.kill()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_without_the_servers_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("hf_paged.server.serve", "hf_paged.server.chat_client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for command in (["serve", "x"], ["chat", "x"]):
+        assert cli.main(command) == 2
+        assert "pip install 'hf-paged[server]'" in capsys.readouterr().err
