@@ -19,7 +19,7 @@ from hf_paged.hf.paged_cache import PagedCache
 from hf_paged.hf.patch import PatchedModel, paged, patch, unpatch
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
-from hf_paged.params import SamplingParams
+from hf_paged.params import SamplingParams, StructuredOutputs
 from hf_paged.types import CompletionOutput, Logprob, Reject, RequestOutput
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "RequestOutput",
     "RequestRejectedError",
     "SamplingParams",
+    "StructuredOutputs",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "__version__",

@@ -14,10 +14,11 @@ import hf_paged
 from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import add_model_options
-from hf_paged.bench import kernels, latency, models, throughput
+from hf_paged.bench import kernels, latency, models, serve, throughput
 from hf_paged.config import PagedConfig
 from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
+from hf_paged.server.commands import add_chat_parser, add_serve_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     commands.add_demo_parser(subparsers)
     commands.add_generate_parser(subparsers)
+    add_serve_parser(subparsers)
+    add_chat_parser(subparsers)
     _add_bench_parser(subparsers)
     _add_check_parser(subparsers)
     _add_plugins_parser(subparsers)
@@ -59,6 +62,7 @@ def _add_bench_parser(subparsers: Any) -> None:
     throughput.add_parser(benchmarks)
     latency.add_parser(benchmarks)
     kernels.add_parser(benchmarks)
+    serve.add_parser(benchmarks)
 
 
 def _add_check_parser(subparsers: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from hf_paged.config import PagedConfig
-from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, StepObserver
+from hf_paged.protocols import AttentionBackend, CachePolicy, Constraint, LogitsProcessor, StepObserver
 from hf_paged.types import CacheSpec, EngineInfo, Reject, Request, RequestOutput
 
 if TYPE_CHECKING:
@@ -152,6 +152,21 @@ def engine_stopped(info: EngineInfo, error: BaseException | None) -> None:
     Return: nothing.
     Cost: once an engine.
     Failure: what it raises is logged.
+    """
+
+
+@hookspec(firstresult=True)
+def constrain_request(request: Request, tokenizer: Any) -> Constraint | None:
+    """See to the structured outputs of a request.
+
+    When: once a request that has `params.structured_outputs`, when `LLM` or the server has made it and before the
+        engine checks it.
+    Arguments: request: the request, with its parameters and end-of-sequence ids; later it may begin with output tokens
+        already, which the constraint finds in `request.token_ids`. tokenizer: the model's, or None.
+    Return: what keeps the request to them, and becomes `request.constraint`; a logits processor of the plugin's acts on
+        it. None to leave it to the next plugin. The first answer counts; with none the request is refused.
+    Cost: once such a request, in its caller's thread; compiling a grammar may take a while.
+    Failure: what it raises fails that request alone; InvalidRequestError and ConfigError reach the caller as they are.
     """
 
 

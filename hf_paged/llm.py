@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
+from hf_paged import plugins
 from hf_paged.config import PagedConfig
+from hf_paged.engine.driver import Driver
 from hf_paged.engine.pool import free_memory
 from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError
+from hf_paged.hf.build import Built
 from hf_paged.hf.detokenize import Detokenizer, StopStrings, banned_ids
 from hf_paged.hf.handle import PatchedModel
 from hf_paged.hf.load import load_model, load_tokenizer
@@ -117,11 +120,12 @@ class LLM:
         Raises:
             UnsupportedModelError: the model was changed so that it can't be carried, or is in training mode by now.
             InvalidRequestError: a prompt is empty, too long, or holds unknown ids; the message says which.
-            ConfigError: the lists' lengths differ, or text is asked of an LLM without a tokenizer.
+            ConfigError: the lists' lengths differ, text is asked of an LLM without a tokenizer, or no plugin sees to
+                structured outputs.
         """
         if self._patched is None:
             raise EngineClosedError("this LLM is closed; build a new one")
-        driver = self._patched.driver()
+        built, driver = self._patched.engine()
         items = _as_list(prompts)
         params = self._params_for(items, sampling_params)
         if priority is not None and len(priority) != len(items):
@@ -130,6 +134,8 @@ class LLM:
         for index, (item, p) in enumerate(zip(items, params, strict=True)):
             try:
                 groups.append(self._requests(self._ids_of(item), p, priority[index] if priority else 0))
+                for one in groups[-1]:
+                    plugins.constrain(built.manager, one.request, self.tokenizer)
                 driver.engine.check_request(groups[-1][0].request)
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}") from error
@@ -202,6 +208,12 @@ class LLM:
         """What the model's generation config says."""
         return default_params(self.model)
 
+    def engine(self) -> tuple[Built, Driver]:
+        """The engine underneath and its driver, for who steps it himself, as the server does."""
+        if self._patched is None:
+            raise EngineClosedError("this LLM is closed; build a new one")
+        return self._patched.engine()
+
     def reset_prefix_cache(self) -> None:
         """Void the prefix cache; a change of the weights does so by itself."""
         if self._patched is None:
@@ -243,8 +255,6 @@ class LLM:
                 f"sampling_params has {len(each)} entries for {len(items)} prompts; give one, or one for each"
             )
         for params in each:
-            if params.structured_outputs is not None:
-                raise ConfigError("structured_outputs needs a structured-output plugin, and none is installed")
             if self.tokenizer is None and (params.stop or params.bad_words):
                 raise ConfigError("stop strings and bad_words need a tokenizer; give LLM(tokenizer=...)")
         return each

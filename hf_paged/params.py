@@ -15,6 +15,47 @@ MAX_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """What an output has to be like. Exactly one of these is set.
+
+    Attributes:
+        json: a JSON schema, as a mapping or as its text.
+        regex: a regular expression that the whole output matches.
+        choice: texts; the output is one of them.
+        grammar: a context-free grammar, in a syntax that the structured-output plugin takes.
+        json_object: True: any JSON object.
+
+    Raises:
+        ConfigError: none or several are set, or one is of the wrong type.
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        chosen = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) not in (None, False)]
+        if len(chosen) != 1:
+            names = ", ".join(field.name for field in dataclasses.fields(self))
+            raise ConfigError(f"structured_outputs takes exactly one of {names}; got {', '.join(chosen) or 'none'}")
+        _require("json", self.json, self.json is None or isinstance(self.json, (str, Mapping)), "a schema or its text")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            _require(name, value, value is None or (isinstance(value, str) and bool(value)), "a text that isn't empty")
+        if self.choice is not None:
+            good = not isinstance(self.choice, str) and isinstance(self.choice, Sequence) and bool(self.choice)
+            good = good and all(isinstance(text, str) for text in self.choice)
+            _require("choice", self.choice, good, "a list of at least one text")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        _require("json_object", self.json_object, self.json_object in (None, True, False), "True or False")
+
+
+StructuredOutputsParams = StructuredOutputs  # vLLM's name for it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """The sampling parameters of one request. Validated when built; defaults are vLLM's.
 
@@ -38,7 +79,8 @@ class SamplingParams:
         detokenize: build text; without it only ids come back.
         skip_special_tokens, spaces_between_special_tokens: as the tokenizer's `decode` has them.
         include_stop_str_in_output: keep the stop string at the end of the text.
-        structured_outputs: needs a structured-output plugin; refused where none is installed.
+        structured_outputs: what the output has to be like: a StructuredOutputs, or a mapping of its fields. A plugin
+            sees to it; refused where none does.
         logit_bias: added to the logits of these ids.
         allowed_token_ids: only these may be drawn.
         bad_words: texts that must not be produced.
@@ -68,7 +110,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -78,6 +120,7 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words"):
             # A frozen instance can only be normalised past its own guard.
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_ranges()
         self._check_texts()
         self._check_together()
@@ -123,6 +166,8 @@ class SamplingParams:
             )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ConfigError("allowed_token_ids=[] allows no token at all; give ids, or None for all of them")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ConfigError("ignore_eos=True contradicts structured_outputs, which end where their grammar does")
 
     @property
     def greedy(self) -> bool:
@@ -134,6 +179,17 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
     clone = dataclasses.replace  # vLLM's name for a copy: params.clone()
+
+
+def _structured(value: Any) -> StructuredOutputs | None:
+    """Structured outputs as their own class, from a mapping of its fields too."""
+    if value is None or isinstance(value, StructuredOutputs):
+        return value
+    _require("structured_outputs", value, isinstance(value, Mapping), "a StructuredOutputs or a mapping of its fields")
+    known = {field.name for field in dataclasses.fields(StructuredOutputs)}
+    if unknown := sorted(set(value) - known):
+        raise ConfigError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    return StructuredOutputs(**value)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -21,14 +21,21 @@ from hf_paged import hookspecs
 from hf_paged.config import PagedConfig
 from hf_paged.engine.blocks import LRUPolicy
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
-from hf_paged.errors import ConfigError, PluginError
+from hf_paged.errors import ConfigError, HFPagedError, PluginError
 from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, StepObserver
-from hf_paged.types import CacheSpec, StepStats
+from hf_paged.types import CacheSpec, Request, StepStats
 
 logger = logging.getLogger(__name__)
 
 # Bundled plugins, in the order in which they are asked.
-BUNDLED = ("hf_paged_triton", "hf_paged_sdpa")
+BUNDLED = (
+    "hf_paged_triton",
+    "hf_paged_sdpa",
+    "hf_paged_structured",
+    "hf_paged_metrics",
+    "hf_paged_otel",
+    "hf_paged_dashboard",
+)
 
 
 class Core:
@@ -197,6 +204,28 @@ def made(what: str, name: str, factory: Callable[..., Any], *arguments: Any) -> 
         return factory(*arguments)
     except Exception as error:
         raise PluginError(f"the {what} {name!r} can't be made: {type(error).__name__}: {error}") from error
+
+
+def constrain(manager: pluggy.PluginManager, request: Request, tokenizer: Any) -> None:
+    """Have a plugin see to a request's structured outputs; does nothing for a request without.
+
+    Raises:
+        ConfigError: no plugin does, or one lacks something it needs.
+        InvalidRequestError: they can't be kept to; the message says why.
+        PluginError: a plugin raised something else.
+    """
+    if request.params.structured_outputs is None:
+        return
+    caller = manager.hook.constrain_request
+    try:
+        request.constraint = caller(request=request, tokenizer=tokenizer)
+    except HFPagedError:
+        raise
+    except Exception as error:
+        name = _culprit(caller, error)
+        raise PluginError(f"plugin {name!r} failed in constrain_request: {type(error).__name__}: {error}") from error
+    if request.constraint is None:
+        raise ConfigError("structured_outputs needs a structured-output plugin, and none is loaded")
 
 
 def notify(manager: pluggy.PluginManager, hook: str, **arguments: Any) -> None:

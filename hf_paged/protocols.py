@@ -6,10 +6,11 @@ calls from the thread that steps it, and at one of these paces:
 - when the KV pool is made, and when it grows: `AttentionBackend.kv_layout`
 - when a caller comes with requests: `PagedModel.fingerprint`
 - once a step: `AttentionBackend.plan`, `PagedModel.forward`, `LogitsProcessor`, `TokenSampler`, `StepObserver`
+- once for each new token of a request that has one: `Constraint`
 - once a layer: `LayerPlan.run`
 - once for each block freed: `CachePolicy`
 
-None of them is called once a token. Data is in `types`, which imports nothing of this.
+None of the others is called once a token. Data is in `types`, which imports nothing of this.
 """
 
 from __future__ import annotations
@@ -247,16 +248,34 @@ Norm = tuple["torch.Tensor", float, bool]
 class LogitsProcessor(Protocol):
     """Changes the logits of a batch before the engine's own sampler draws. Batched, on the device, without a sync.
 
+    It may also have `concerns(request) -> bool`: whether it would change that request's logits at all. It is left out
+    of a batch none of whose requests concerns it, and one without the method concerns every request.
+
     Attributes:
         graph_safe: whether it may be captured in a CUDA graph: fixed shapes, no host value read.
-        needs_tokens: whether it reads the requests' tokens: their steps wait then until the last one is known. Taken
-            for True where a processor doesn't say.
+        needs_tokens: whether it reads the tokens of the requests that concern it: their steps wait then until the last
+            one is known. Taken for True where a processor doesn't say.
     """
 
     graph_safe: bool
 
     def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         """New logits [rows, vocabulary], float32; may change them in place."""
+        ...
+
+
+class Constraint(Protocol):
+    """What one request's output has to be like, kept in step with its tokens; see the hook `constrain_request`."""
+
+    def advance(self, request: Request) -> bool:
+        """Take in the request's new tokens; called after each, and harmless when called again.
+
+        Returns:
+            Whether the output is complete: nothing can follow, and the request ends.
+
+        Raises:
+            whatever is to end this request alone.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ from hf_paged.params import SamplingParams
 if TYPE_CHECKING:
     import torch
 
-    from hf_paged.protocols import TokenSampler
+    from hf_paged.protocols import Constraint, TokenSampler
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NULL_BLOCK = 0  # never handed out: tables point at it where nothing is kept
@@ -109,7 +109,9 @@ class Request:
         banned: token sequences that must not be produced (`params.bad_words`, tokenised).
         cache_key: tokens are only shared with requests of the same key (an adapter's name, an image's hash).
         parent: an earlier request with the same prompt, whose blocks it shares once they are computed.
+        resume_from: output that it has already, from an engine that is gone; it goes on with the next token.
         on_token: called with the request after each new token and when it finishes; runs in the engine's thread.
+        constraint: what the output has to be like; set by a plugin, as the hook `constrain_request` says.
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
         token_ids: prompt and output so far, as far as the host knows them.
@@ -120,7 +122,7 @@ class Request:
         tables: for each cache group, the block ids in order; the null block where a window has moved on.
         num_cached: prompt tokens that the prefix cache gave, at the first admission.
         held: its logits were handed out, and it waits for `Engine.push`.
-        logprobs, prompt_logprobs: a dict of id -> Logprob for each token, where asked for.
+        logprobs, prompt_logprobs: a dict of id -> Logprob for each token, where asked for; none for `resume_from`.
         error: what ended it, if its finish reason is "error".
     """
 
@@ -133,8 +135,10 @@ class Request:
     banned: tuple[tuple[int, ...], ...] = ()
     cache_key: Hashable = None
     parent: Request | None = None
+    resume_from: Sequence[int] = ()
     on_token: Callable[[Request], None] | None = None
     stop_check: Callable[[Request], str | int | None] | None = None
+    constraint: Constraint | None = None
 
     token_ids: list[int] = dataclasses.field(init=False)
     status: Status = Status.WAITING
@@ -156,7 +160,7 @@ class Request:
     metrics: RequestMetrics = dataclasses.field(default_factory=RequestMetrics)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.token_ids = [*self.prompt_token_ids, *self.resume_from]
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_paged import plugins
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module imports from its own floor and those below.
@@ -181,10 +183,20 @@ def test_the_wheel_holds_its_packages_and_nothing_else(tmp_path):
         (points,) = [name for name in names if name.endswith("entry_points.txt")]
         entry_points = archive.read(points).decode()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert top == {"hf_paged", "hf_paged_kernels", "hf_paged_sdpa", "hf_paged_triton"}
-    for folder in ("hf_paged", "kernels/hf_paged_kernels", "plugins/hf_paged_sdpa", "plugins/hf_paged_triton"):
+    bundled = {f"plugins/{name}" for name in plugins.BUNDLED}
+    assert top == {"hf_paged", "hf_paged_kernels", *plugins.BUNDLED}
+    for folder in ("hf_paged", "kernels/hf_paged_kernels", *bundled):
         for path in modules(ROOT / folder):
             assert str(path.relative_to((ROOT / folder).parent)) in names
-    assert "hf_paged/py.typed" in names
+    assert {"hf_paged/py.typed", "hf_paged_dashboard/page.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "hf-paged = hf_paged.cli:main" in entry_points
+
+
+def test_bundled_plugins_import_no_optional_library():
+    optional = ("aiohttp", "fastapi", "llguidance", "opentelemetry", "prometheus_client")
+    code = (
+        "import sys; from hf_paged import PagedConfig, cli, plugins; plugins.load(PagedConfig()); "
+        f"print([name for name in {optional} if name in sys.modules])"
+    )
+    assert python(code, ROOT) == "[]"

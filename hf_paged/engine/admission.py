@@ -20,13 +20,15 @@ def check(request: Request, model: PagedModel, max_model_len: int | None, pool: 
         pool: has to hold the request when it is alone.
 
     Raises:
-        InvalidRequestError: its prompt is empty, it names ids outside the vocabulary, its parent has another prompt, or
-            it is too long with its output.
+        InvalidRequestError: its prompt is empty, it names ids outside the vocabulary, its parent has another prompt, it
+            is too long with its output, or nobody sees to its structured outputs.
     """
     if not request.prompt_token_ids:
         raise InvalidRequestError("the prompt is empty; give at least one token (a model's BOS id, for instance)")
     _check_ids(request, model)
     _check_parent(request)
+    if request.params.structured_outputs is not None and request.constraint is None:
+        raise InvalidRequestError("structured_outputs is set, but no plugin was asked to see to it")
     _check_length(request, max_model_len)
     pool.check_fits(len(request.prompt_token_ids), request.params.max_tokens)
 

@@ -26,13 +26,14 @@ class Chooser:
     def __init__(self, sampler: BatchSampler, processors: Sequence[LogitsProcessor], *, ahead: bool) -> None:
         self._sampler = sampler
         self._processors = tuple(processors)
-        self._ahead = ahead and not any(getattr(processor, "needs_tokens", True) for processor in processors)
+        self._ahead = ahead
 
     def runs_ahead(self, request: Request) -> bool:
         """Whether its tokens can be chosen at launch: nothing about them, or those before, is asked of the host."""
         params = request.params
         plain = params.logprobs is None and params.prompt_logprobs is None and not needs_history(request)
-        return self._ahead and request.sampler is None and plain
+        processed = any(_concerns(p, request) and getattr(p, "needs_tokens", True) for p in self._processors)
+        return self._ahead and request.sampler is None and plain and not processed
 
     def launch(self, flight: Flight, batch: Batch, logits: torch.Tensor) -> None:
         """Choose what can be chosen now, and keep the logits that are needed when the step lands.
@@ -76,11 +77,18 @@ class Chooser:
                 yield requests, logits, sampled
 
     def _processed(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        if self._processors:
+        concerned = [p for p in self._processors if any(_concerns(p, request) for request in requests)]
+        if concerned:
             logits = logits.float().clone()  # log-probabilities are those of the raw ones
-        for processor in self._processors:
+        for processor in concerned:
             logits = processor.process(requests, logits)
         return logits
+
+
+def _concerns(processor: LogitsProcessor, request: Request) -> bool:
+    """Whether a processor would change anything for a request; see `LogitsProcessor`."""
+    concerns = getattr(processor, "concerns", None)
+    return concerns is None or concerns(request)
 
 
 def _picked(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -364,6 +364,7 @@ class Engine:
 
     def _reason_to_stop(self, request: Request, token: int, stop: bool) -> tuple[FinishReason | None, str | int | None]:
         params = request.params
+        complete = request.constraint is not None and request.constraint.advance(request)
         if request.num_output >= params.min_tokens:
             if token in request.eos_token_ids and not params.ignore_eos:
                 return "stop", None
@@ -372,6 +373,8 @@ class Engine:
             found = request.stop_check(request) if request.stop_check else None
             if found is not None:
                 return "stop", found
+        if complete:  # whatever its length: nothing can follow
+            return "stop", None
         # A sampler that stops at the length too means that.
         if len(request.token_ids) >= request.limit:
             return "length", None

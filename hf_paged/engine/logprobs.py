@@ -37,8 +37,9 @@ def add_output_logprobs(request: Request, logits: torch.Tensor, token: int) -> N
 def trim_logprobs(request: Request) -> None:
     """Drop the log-probabilities of a token that a step, broken off, recorded before it kept the token."""
     if request.logprobs is not None:
-        del request.logprobs[request.num_output :]
-        chosen = zip(request.output_token_ids, request.logprobs, strict=False)
+        new = request.output_token_ids[len(request.resume_from) :]
+        del request.logprobs[len(new) :]
+        chosen = zip(new, request.logprobs, strict=False)
         request.cumulative_logprob = sum((entry[token].logprob for token, entry in chosen), 0.0)
 
 

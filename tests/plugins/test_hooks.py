@@ -309,7 +309,7 @@ def test_engine_started(model):
     (info,) = started
     assert isinstance(info, EngineInfo)
     assert (info.model, info.attention_backend, info.scheduler) == ("LlamaForCausalLM", "sdpa", "fcfs")
-    bundled = dict.fromkeys(("core", "hf_paged_triton", "hf_paged_sdpa"), "bundled")
+    bundled = dict.fromkeys(("core", *plugins.BUNDLED), "bundled")
     assert info.plugins == {**bundled, "mine": "given to the engine"}
     hf_paged.unpatch(model)
     assert_stops_the_engine(model, "engine_started")
@@ -339,6 +339,48 @@ def test_engine_stopped(model, caplog):
         hf_paged.unpatch(model)
     assert "engine_stopped" in caplog.text
     assert "generate" not in vars(model)
+
+
+def test_constrain_request(model):
+    class Once:
+        """Complete after one token."""
+
+        def advance(self, request):
+            return True
+
+    def constrain_request(request, tokenizer):
+        asked.append((request, tokenizer))
+        return failure(request) if failure else Once()
+
+    asked, failure = [], None
+    wanted = hf_paged.SamplingParams(temperature=0.0, max_tokens=NEW, structured_outputs={"json_object": True})
+    prompt = zoo.prompts()[0]
+    options = {"skip_tokenizer_init": True, "plugins": (plugin(constrain_request=constrain_request),)}
+    with hf_paged.LLM(model, **options) as llm:
+        (output,) = llm.generate([prompt], wanted, use_tqdm=False)
+        assert [type(value) for value in asked[0]] == [Request, type(None)]
+        assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (1, "stop")
+        llm.generate([prompt], wanted.replace(structured_outputs=None), use_tqdm=False)
+        assert len(asked) == 1  # only requests that have structured outputs
+
+        def failure(request):
+            raise hf_paged.InvalidRequestError("not that schema")
+
+        with pytest.raises(hf_paged.InvalidRequestError, match="prompt 0: not that schema"):
+            llm.generate([prompt], wanted, use_tqdm=False)
+
+        def failure(request):  # noqa: F811
+            raise ZeroDivisionError("oops")
+
+        with pytest.raises(PluginError, match="plugin 'mine' failed in constrain_request: ZeroDivisionError: oops"):
+            llm.generate([prompt], wanted, use_tqdm=False)
+
+
+def test_structured_outputs_that_nobody_sees_to_are_refused(model):
+    wanted = hf_paged.SamplingParams(structured_outputs={"json_object": True})
+    options = {"skip_tokenizer_init": True, "disable_plugins": ("hf_paged_structured",)}
+    with hf_paged.LLM(model, **options) as llm, pytest.raises(ConfigError, match="none is loaded"):
+        llm.generate([[5]], wanted, use_tqdm=False)
 
 
 def test_admit_request(model):
@@ -418,16 +460,26 @@ def test_request_finished(model, caplog):
 
 
 def test_register_routes():
-    """Nobody calls it before there is a server; a plugin may have it."""
-    app, seen = object(), []
-    manager = plugins.load(
-        PagedConfig(plugins=(plugin(register_routes=lambda app, config: seen.append((app, config))),))
-    )
-    plugins.call(manager, "register_routes", app=app, config=None)
-    assert seen == [(app, None)]
-    manager = plugins.load(PagedConfig(plugins=(failing("register_routes"),)))
+    pytest.importorskip("fastapi")
+    from traffic import Traffic
+
+    seen = []
+
+    def register_routes(app, config):
+        seen.append((app, config))
+        app.add_api_route("/hello", lambda: "you")
+
+    def call(given):
+        server = Traffic(types.SimpleNamespace(register_routes=lambda app, config: None))
+        plugins.call(plugins.load(PagedConfig(plugins=(given,))), "register_routes", **server.hook_arguments)
+        return server
+
+    server = call(plugin(register_routes=register_routes))
+    assert seen == [(server.app, server.app.state.config)]
+    assert server.client.get("/hello").json() == "you"
+    assert server.client.get("/metrics").status_code == 200  # a bundled plugin's
     with pytest.raises(PluginError, match="plugin 'mine' failed in register_routes"):
-        plugins.call(manager, "register_routes", app=app, config=None)
+        call(failing("register_routes"))
 
 
 # ------------------------------------------------------------------------------------------------------ names, options
@@ -494,7 +546,7 @@ def test_a_misspelt_argument_raises():
 
 
 def test_several_plugins_of_one_class():
-    assert names(Metrics(), Metrics()) == ["core", "hf_paged_triton", "hf_paged_sdpa", "Metrics", "Metrics-2"]
+    assert names(Metrics(), Metrics()) == ["core", *plugins.BUNDLED, "Metrics", "Metrics-2"]
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])
@@ -547,17 +599,16 @@ def test_a_plugin_without_hooks_raises(given):
 
 
 def test_disable_plugins():
-    assert names() == ["core", "hf_paged_triton", "hf_paged_sdpa"]
-    assert names(disable_plugins=("hf_paged_sdpa",)) == ["core", "hf_paged_triton"]
+    assert names() == ["core", *plugins.BUNDLED]
+    assert names(disable_plugins=("hf_paged_sdpa",)) == [name for name in names() if name != "hf_paged_sdpa"]
     config = PagedConfig(disable_plugins=("core",))
     with pytest.raises(ConfigError, match="scheduler='fcfs' is not registered; known are none"):
         plugins.pick("scheduler", "fcfs", plugins.registry(plugins.load(config), config).schedulers)
 
 
 def test_disable_plugins_knows_whom_it_names():
-    with pytest.raises(
-        ConfigError, match="'hf_paged_sdpaa' is not registered; known are core, hf_paged_sdpa, hf_paged_triton"
-    ):
+    known = ", ".join(sorted(["core", *plugins.BUNDLED]))
+    with pytest.raises(ConfigError, match=f"'hf_paged_sdpaa' is not registered; known are {known}"):
         names(disable_plugins=("hf_paged_sdpaa",))
 
 
@@ -610,7 +661,7 @@ def test_a_broken_plugin_of_an_installed_package_is_named(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError, match=message):
         plugins.load(PagedConfig())
-    assert names(disable_plugins=("hf-paged-bad",)) == ["core", "hf_paged_triton", "hf_paged_sdpa"]
+    assert names(disable_plugins=("hf-paged-bad",)) == ["core", *plugins.BUNDLED]
 
 
 def test_two_installed_plugins_of_one_name(tmp_path, monkeypatch):

@@ -1,0 +1,168 @@
+"""`hf-paged serve` and `hf-paged chat`: their arguments. What they need is imported when they run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_paged.arguments import DTYPES, add_options, at_least_one, paged_options
+from hf_paged.config import PagedConfig
+from hf_paged.errors import ConfigError
+from hf_paged.server.config import LOG_LEVELS, LOOPBACK, TOOL_PARSERS, ServerConfig
+
+KEY_VARIABLE = "HF_PAGED_API_KEY"
+_EXTRA = "needs the server's packages: pip install 'hf-paged[server]'"
+
+
+def add_serve_parser(subparsers: Any) -> None:
+    """Add `hf-paged serve`."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="an OpenAI-compatible server",
+        description="Serve a model with OpenAI's protocol. The engine runs in a process of its own, is restarted when "
+        "it dies, and its requests go on. SIGTERM drains; a second signal aborts.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="name or directory")
+    _add_model(parser)
+    _add_listening(parser)
+    _add_load(parser)
+    add_options(parser)
+    parser.set_defaults(run=run_serve)
+
+
+def add_chat_parser(subparsers: Any) -> None:
+    """Add `hf-paged chat`."""
+    parser = subparsers.add_parser(
+        "chat", help="talk to a server", description="Talk to a running server of OpenAI's protocol in the terminal."
+    )
+    parser.add_argument("message", nargs="?", metavar="TEXT", help="say this and end (default: a conversation)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    parser.add_argument("--model", help="the name to ask for (default: the first that the server lists)")
+    parser.add_argument("--api-key", help=f"default: the environment variable {KEY_VARIABLE}")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the server's)")
+    parser.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this share")
+    parser.add_argument("--max-tokens", type=at_least_one, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, help="of the draws")
+    parser.set_defaults(run=run_chat)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and engine")
+    group.add_argument("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call it")
+    group.add_argument("--tokenizer", metavar="NAME", help="name or directory (default: the model's)")
+    group.add_argument("--revision", help="of the model on the hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU for each replica, or else the CPU)")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    group.add_argument("--chat-template", metavar="FILE", help="a template or its file (default: the tokenizer's)")
+    group.add_argument("--trust-request-chat-template", action="store_true", help="let calls bring their own template")
+    group.add_argument("--tool-parser", choices=TOOL_PARSERS, default="auto", help="how tool calls are written")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="weights and KV pool"
+    )
+    group.add_argument("--max-model-len", type=at_least_one, metavar="N", help="most tokens of a request")
+    group.add_argument("--max-num-seqs", type=at_least_one, metavar="N", help="most requests of a step")
+    group.add_argument("--max-num-batched-tokens", type=at_least_one, metavar="N", help="most tokens of a step")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="only 1 is there yet; see --replicas")
+    group.add_argument("--seed", type=int, help="of the draws of the engine's own")
+    group.add_argument("--replicas", type=at_least_one, default=1, metavar="N", help="engine processes, a GPU each")
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("listening")
+    group.add_argument("--host", default=LOOPBACK, help=f"address (default: {LOOPBACK}, this machine alone)")
+    group.add_argument("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    group.add_argument("--root-path", default="", help="path below which a proxy shows the server")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="TLS: the private key")
+    group.add_argument("--ssl-certfile", metavar="FILE", help="TLS: the certificate")
+    group.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help=f"may be given several times; or {KEY_VARIABLE}"
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
+    group.add_argument("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help="CORS (default: none)")
+    group.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    group.add_argument("--log-format", choices=("text", "json"), default="text")
+    group.add_argument("--disable-log-requests", action="store_true", help="no line for each request")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("load and life")
+    defaults = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+    group.add_argument("--no-spare-engine", action="store_true", help="save the memory of a process that waits at hand")
+    for name, kind, text in (
+        ("max-queue-requests", at_least_one, "requests that may wait; more get 429"),
+        ("max-queue-tokens", at_least_one, "prompt tokens that may wait; more get 429"),
+        ("max-queue-seconds", float, "how long a request may wait for its turn"),
+        ("default-timeout", float, "seconds that a call may take, if it names no timeout"),
+        ("max-body-bytes", at_least_one, "of a request's body"),
+        ("drain-timeout", float, "seconds that running requests have after SIGTERM"),
+        ("watchdog", float, "seconds without a step after which the engine counts as hung"),
+    ):
+        default = defaults[name.replace("-", "_")]
+        shown = "no limit" if default is None else default
+        group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {shown})")
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """The options that the arguments say.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(f"--tensor-parallel-size {args.tensor_parallel_size} is not there yet; use --replicas")
+    options = paged_options(args.option)
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    same = {field.name for field in dataclasses.fields(ServerConfig)} & set(vars(args))
+    return ServerConfig(
+        **{name: getattr(args, name) for name in same},
+        paged=PagedConfig().replace(**options),
+        served_model_names=tuple(args.served_model_name),
+        api_keys=_api_keys(args),
+        cors_origins=tuple(args.allowed_origins),
+        log_requests=not args.disable_log_requests,
+        spare_engine=not args.no_spare_engine,
+    )
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = list(args.api_key)
+    if args.api_key_file:
+        try:
+            lines = Path(args.api_key_file).read_text().splitlines()
+        except OSError as error:
+            raise ConfigError(f"--api-key-file {args.api_key_file!r} can't be read: {error.strerror}") from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigError(
+                f"--api-key-file {args.api_key_file!r} holds no key; a server without keys is open to all"
+            )
+        keys += found
+    if not keys and os.environ.get(KEY_VARIABLE):
+        keys = [key for key in os.environ[KEY_VARIABLE].split(",") if key]
+    return tuple(keys)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """Talk to a server; the exit status."""
+    try:
+        from hf_paged.server.chat_client import run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"hf-paged chat {_EXTRA} ({error.name} is missing)") from error
+    return run(args)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until a signal; the exit status."""
+    config = server_config(args)
+    try:
+        from hf_paged.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"hf-paged serve {_EXTRA} ({error.name} is missing)") from error
+    return serve(config)

@@ -1,0 +1,312 @@
+"""Fleet: the replicas behind one queue. It holds every request, so that none is lost with the engine that it is on."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.front.engine import Snapshot, Submission
+from hf_paged.server.front.process import Sockets, Spares
+from hf_paged.server.front.replica import Replica
+from hf_paged.server.front.router import Router
+from hf_paged.server.front.tickets import Stream, Ticket
+from hf_paged.server.messages import Delta, EngineStats, Ready, WatchBlocks
+from hf_paged.server.stats import ServerStats
+
+logger = logging.getLogger("hf_paged.server")
+
+KILLS = 2  # engines that a request may take with it
+RATE_WINDOW = 64  # finished requests that the Retry-After estimate looks back at
+
+
+class Fleet:
+    """See `front.engine.EngineClient`, which this is.
+
+    A sequence waits in the queue until a replica has room for it; the replicas' own queues stay short, so that what
+    waits can still go anywhere. When an engine dies, its sequences go back to the queue's front, and each replica is
+    handed one of them at a time: the next one follows when it has brought a token. So an engine that dies again shows
+    which request it died of, and that one alone is given up.
+
+    Args:
+        config: the server's options.
+        stats: told what happens.
+    """
+
+    def __init__(self, config: ServerConfig, stats: ServerStats) -> None:
+        self.info: Ready | None = None
+        self._config = config
+        self._stats = stats
+        self._sockets = Sockets()
+        self._spares = Spares(config.spare_engine)
+        self._replicas = [Replica(i, config, self._sockets, self._spares, self) for i in range(config.replicas)]
+        self._router = Router()
+        self._queue: list[Ticket] = []  # never placed; by sort key
+        self._returning: list[Ticket] = []  # from dead engines; suspects last
+        self._tickets: dict[Submission, Ticket] = {}
+        self._order = itertools.count()
+        self._queued_tokens = 0
+        self._finishes: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+        stats.on_watch = self._watch
+
+    # ------------------------------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Start the engine processes; needs a running event loop."""
+        self._tasks = [asyncio.create_task(replica.run()) for replica in self._replicas]
+        self._tasks.append(asyncio.create_task(self._watchdog()))
+
+    async def wait_ready(self) -> None:
+        """Return when the first replica takes requests.
+
+        Raises:
+            APIError: none of them can be started; the message says why.
+        """
+        while self.info is None:
+            if all(replica.failure is not None for replica in self._replicas):
+                failure = self._replicas[0].failure
+                assert failure is not None
+                raise APIError(503, failure.message, code="usage" if failure.usage else "engine")
+            await asyncio.sleep(0.02)
+
+    def abort_all(self) -> None:
+        """See `EngineClient.abort_all`."""
+        self._closed = True
+        for submission in list(self._tickets):
+            self.abort(submission)
+
+    async def close(self) -> None:
+        """See `EngineClient.close`."""
+        self.abort_all()
+        for replica in self._replicas:
+            replica.stop()
+        await asyncio.wait(self._tasks[: len(self._replicas)], timeout=0.5)
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._spares.close()
+        self._sockets.close()
+
+    def snapshot(self) -> Snapshot:
+        """See `EngineClient.snapshot`."""
+        ready = any(replica.state == "ready" for replica in self._replicas)
+        hung = [replica for replica in self._replicas if replica.stalled() > self._config.watchdog]
+        lost = [replica for replica in self._replicas if replica.lost]
+        alive = len({*hung, *lost}) < len(self._replicas)
+        why = "ok"
+        if not alive:
+            why = f"no step for {hung[0].stalled():.0f} s" if hung else "the engine can't be started"
+        elif not ready:
+            why = self._replicas[0].state
+        states = tuple("hung" if replica in hung else replica.state for replica in self._replicas)
+        return Snapshot(
+            ready=ready and alive,
+            alive=alive,
+            why=why,
+            waiting=len(self._queue) + len(self._returning),
+            waiting_tokens=self._queued_tokens,
+            running=sum(len(replica.tickets) for replica in self._replicas),
+            replicas=states,
+        )
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Of the engine processes."""
+        return [replica.pid for replica in self._replicas]
+
+    async def _watchdog(self) -> None:
+        """An engine that hangs fails the liveness probe; left alone for as long again, it is killed and replaced."""
+        pause = min(1.0, self._config.watchdog / 4)
+        while True:
+            await asyncio.sleep(pause)
+            for replica in self._replicas:
+                stalled = replica.stalled()
+                if stalled > 2 * self._config.watchdog:
+                    logger.error("engine %d made no step for %.0f s and is killed", replica.index, stalled)
+                    replica.kill(f"no step for {stalled:.0f} s")
+
+    def _watch(self, seconds: float) -> None:
+        for replica in self._replicas:
+            replica.send(WatchBlocks(seconds))
+
+    # -------------------------------------------------------------------------------------------------- come, go, queue
+
+    def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
+        """See `EngineClient.submit`."""
+        self.check_room(len(group), sum(len(submission.prompt) for submission in group))
+        tickets = []
+        for submission in group:
+            priority = submission.priority if self._config.paged.scheduler == "priority" else 0
+            ticket = Ticket(submission, next(self._order), priority, self._left)
+            self._tickets[submission] = ticket
+            tickets.append(ticket)
+            bisect.insort(self._queue, ticket, key=lambda t: t.sort_key)
+            self._queued_tokens += ticket.size
+            self._stats.started(submission.record)
+            self._set_timers(ticket)
+        self._pump()
+        return [ticket.stream for ticket in tickets]
+
+    def abort(self, submission: Submission, reason: str = "abort") -> None:
+        """See `EngineClient.abort`."""
+        ticket = self._tickets.get(submission)
+        if ticket is not None:
+            self._end(ticket, Delta(ticket.name, finish=reason), tell_engine=True)
+
+    def _left(self, ticket: Ticket) -> None:
+        self.abort(ticket.submission)
+
+    def check_room(self, count: int, tokens: int = 0) -> None:
+        """See `EngineClient.check_room`."""
+        if self._closed or self.info is None:
+            raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
+        seats = sum(replica.room for replica in self._replicas)
+        if count > seats + self._config.max_queue_requests:
+            most = seats + self._config.max_queue_requests
+            raise invalid(f"{count} sequences in one call are more than the {most} that the server ever holds")
+        room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
+        waiting = len(self._queue) + len(self._returning) + count - room
+        most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens
+        after = self._retry_after()
+        if waiting > most:
+            message = f"{len(self._queue)} requests are waiting, and {most} may; try again in {after:.0f} s"
+            raise APIError(429, message, code="queue_full", retry_after=after)
+        if self._queue and self._queued_tokens + tokens > most_tokens:
+            message = (
+                f"{self._queued_tokens} prompt tokens are waiting, and {most_tokens} may; try again in {after:.0f} s"
+            )
+            raise APIError(429, message, code="queue_full", retry_after=after)
+
+    def _retry_after(self) -> float:
+        """Seconds until the queue, at the pace of late, has moved on by a half."""
+        if len(self._finishes) < 2:
+            return 1.0
+        pace = len(self._finishes) / max(1e-3, time.monotonic() - self._finishes[0])
+        return min(60.0, max(1.0, (len(self._queue) + 1) / 2 / pace))
+
+    def _set_timers(self, ticket: Ticket) -> None:
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        deadline, queue_deadline = ticket.submission.deadline, ticket.submission.queue_deadline
+        if deadline is not None:
+            ticket.timers.append(loop.call_later(deadline - now, self.abort, ticket.submission, "deadline"))
+        if queue_deadline is not None:
+            ticket.timers.append(loop.call_later(queue_deadline - now, self._waited_too_long, ticket))
+
+    def _waited_too_long(self, ticket: Ticket) -> None:
+        if ticket.replica is None and not ticket.output and not ticket.returning:
+            self.abort(ticket.submission, "queue_timeout")
+
+    # --------------------------------------------------------------------------------------------------------- placing
+
+    def _pump(self) -> None:
+        """Hand out what the replicas have room for: first what comes back from dead engines, one at a time each."""
+        self._place_returning()
+        while self._queue:
+            open_ones = [r for r in self._replicas if _has_room(r) and r.probe is None and not self._returning]
+            if not open_ones:
+                return
+            ticket = self._queue.pop(0)
+            self._queued_tokens -= ticket.size
+            self._place(ticket, open_ones)
+
+    def _place_returning(self) -> None:
+        while self._returning:
+            free = [r for r in self._replicas if _has_room(r) and r.probe is None]
+            if not free:
+                return
+            self._place(self._returning.pop(0), free)
+
+    def _place(self, ticket: Ticket, replicas: Sequence[Replica]) -> None:
+        parent = self._tickets.get(ticket.submission.parent) if ticket.submission.parent else None
+        near = [replica for replica in replicas if parent is not None and replica is parent.replica]
+        replica = near[0] if near else self._router.choose(ticket, replicas)
+        replica.place(ticket, parent)
+
+    # ------------------------------------------------------------------------------------------- what the replicas tell
+
+    def replica_ready(self, replica: Replica, ready: Ready) -> None:
+        """See `replica.Owner`."""
+        replica.room = ready.max_num_seqs + max(1, ready.max_num_seqs // 8)
+        self.info = self.info or ready
+        self._pump()
+        if all(other.state in ("ready", "stopped") for other in self._replicas):
+            self._tasks.append(asyncio.create_task(self._spares.prepare()))
+
+    def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
+        """See `replica.Owner`."""
+        self._router.forget(replica)
+        fresh = [ticket for ticket in tickets if ticket.fresh]
+        if len(fresh) == 1:
+            fresh[0].kills += 1
+        for ticket in tickets:
+            ticket.lost()
+            if ticket.kills >= KILLS:
+                message = f"the engine died {ticket.kills} times of this request ({why}); it is given up"
+                logger.error("%s", message, extra={"request_id": ticket.name})
+                self._end(ticket, Delta(ticket.name, finish="error", error=message, error_kind="internal"))
+            else:
+                self._returning.append(ticket)
+        self._returning.sort(key=lambda ticket: (ticket.kills, ticket.sort_key))
+        if not self._closed:
+            self._stats.restarted(replica.index, why)
+            self._pump()
+
+    def replica_brought(self, replica: Replica, delta: Delta) -> None:
+        """See `replica.Owner`."""
+        ticket = replica.tickets.get(delta.id)
+        if ticket is None:  # aborted meanwhile
+            return
+        delta = ticket.take(delta)
+        if replica.probe is ticket and not ticket.returning:
+            replica.probe = None
+            pump = True
+        else:
+            pump = False
+        if delta.finish is not None:
+            self._end(ticket, delta)
+        else:
+            self._stats.brought(ticket.submission.record, delta)
+            ticket.stream.put(delta)
+            if pump:
+                self._pump()
+
+    def replica_reported(self, replica: Replica, stats: EngineStats) -> None:
+        """See `replica.Owner`."""
+        stats.replica = replica.index
+        self._stats.engine(stats)
+
+    def _end(self, ticket: Ticket, delta: Delta, *, tell_engine: bool = False) -> None:
+        if ticket.done:
+            return
+        ticket.done = True
+        ticket.cancel_timers()
+        self._tickets.pop(ticket.submission, None)
+        if ticket.replica is not None:
+            ticket.replica.forget(ticket, abort=tell_engine)
+        elif ticket in self._returning:
+            self._returning.remove(ticket)
+        elif ticket in self._queue:
+            self._queue.remove(ticket)
+            self._queued_tokens -= ticket.size
+        assert delta.finish is not None
+        record = ticket.submission.record
+        self._stats.brought(record, delta)
+        self._stats.ended(record, delta.finish, delta.error)
+        self._finishes.append(time.monotonic())
+        ticket.stream.put(delta)
+        self._pump()
+
+
+def _has_room(replica: Replica) -> bool:
+    return replica.state == "ready" and len(replica.tickets) < replica.room

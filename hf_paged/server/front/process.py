@@ -1,0 +1,166 @@
+"""One engine process, from its start to its death. A replica has one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.messages import FromEngine, Stop, ToEngine, decode_from_engine, encode
+
+logger = logging.getLogger(__name__)
+
+GRACE = 0.05
+
+
+class Sockets:
+    """A directory of our own for sockets, and zmq's context.
+
+    Only this user can open the directory: who reaches a socket could send anything to an engine.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="hf_paged-"))
+        self.context = zmq.asyncio.Context()
+        self.plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self.context.underlying)
+        self._numbers = itertools.count()
+
+    def address(self) -> str:
+        """One that was not used before."""
+        return f"ipc://{self.folder}/{next(self._numbers)}"
+
+    def close(self) -> None:
+        """Remove everything."""
+        self.context.destroy(linger=0)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+async def spawn() -> asyncio.subprocess.Process:
+    """An engine process that waits for its orders. A session of its own: Ctrl-C is the front's to act on."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hf_paged.server.worker", stdin=asyncio.subprocess.PIPE, start_new_session=True
+    )
+
+
+class Spares:
+    """Keeps one process at hand that has imported everything and waits for its orders.
+
+    Importing torch and Transformers takes many seconds, which a restart then doesn't need.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._spare: asyncio.subprocess.Process | None = None
+        self._making = asyncio.Lock()
+
+    async def take(self) -> asyncio.subprocess.Process:
+        """The spare, or else a new process."""
+        async with self._making:
+            spare, self._spare = self._spare, None
+        if spare is not None and spare.returncode is None:
+            return spare
+        return await spawn()
+
+    async def prepare(self) -> None:
+        """Have a spare; called when there is time for it."""
+        async with self._making:
+            if self._enabled and (self._spare is None or self._spare.returncode is not None):
+                self._spare = await spawn()
+
+    async def close(self) -> None:
+        """End the spare."""
+        self._enabled = False
+        async with self._making:
+            spare, self._spare = self._spare, None
+        if spare is not None and spare.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                spare.kill()
+            await spare.wait()
+
+
+class EngineProcess:
+    """A running engine process and the two sockets to it.
+
+    Args:
+        sockets: where its sockets are made.
+        spares: where the process comes from.
+        on_message: called in the event loop with each message.
+
+    Attributes:
+        pid: of the process, once it was started.
+    """
+
+    def __init__(self, sockets: Sockets, spares: Spares, on_message: Callable[[FromEngine], None]) -> None:
+        self._spares = spares
+        self._inbox_address, self._outbox_address = sockets.address(), sockets.address()
+        self._to = sockets.plain.socket(zmq.PUSH)
+        self._from = sockets.context.socket(zmq.PULL)
+        for socket, address in ((self._to, self._inbox_address), (self._from, self._outbox_address)):
+            socket.setsockopt(zmq.SNDHWM, 0)  # what may be queued is bounded by the front's admission
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.bind(address)
+        self._on_message = on_message
+        self._process: asyncio.subprocess.Process | None = None
+        self.pid: int | None = None
+
+    async def run(self, config: ServerConfig, replica: int) -> int:
+        """Start it, hand on its messages, and return its exit status when it is dead. Cancelled: it is killed."""
+        from hf_paged.server.worker import Orders
+
+        orders = Orders(replica, config.replicas, self._inbox_address, self._outbox_address, config)
+        process = self._process = await self._spares.take()
+        self.pid = process.pid
+        reader = asyncio.create_task(self._read())
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(ConnectionError):  # dead already: its exit status tells
+                process.stdin.write(pickle.dumps(orders))
+                await process.stdin.drain()
+            status = await process.wait()
+            await asyncio.sleep(GRACE)  # what it sent last may still be on its way: tokens, or why it couldn't start
+            return status
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            self.kill()
+            await process.wait()
+            self._to.close(linger=0)
+            self._from.close(linger=0)
+
+    def send(self, message: ToEngine) -> None:
+        """Queue a message; never waits. One to a process that is dead is lost."""
+        if not self._to.closed:
+            with contextlib.suppress(zmq.Again):
+                self._to.send(encode(message), zmq.NOBLOCK)
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        self.send(Stop())
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _read(self) -> None:
+        while True:
+            self._take(await self._from.recv())
+
+    def _take(self, packed: bytes) -> None:
+        try:
+            self._on_message(decode_from_engine(packed))
+        except Exception:
+            logger.exception("a message from the engine process %s could not be handled", self.pid)

@@ -1,0 +1,182 @@
+"""A replica: one engine process after the other, with a pause before the next that grows while they die young."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.front.process import EngineProcess, Sockets, Spares
+from hf_paged.server.front.tickets import Ticket
+from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, FromEngine, Ready, ToEngine
+
+logger = logging.getLogger("hf_paged.server")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+YOUNG = 30.0  # an engine that was ready for less than that died young
+LOST = 10  # deaths in a row without ever being ready, after which a replica counts as lost for good
+
+
+class Owner(Protocol):
+    """What a replica tells."""
+
+    def replica_ready(self, replica: Replica, ready: Ready) -> None:
+        """It takes requests."""
+
+    def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
+        """Its process is gone; these were on it."""
+
+    def replica_brought(self, replica: Replica, delta: Delta) -> None:
+        """Something of a request."""
+
+    def replica_reported(self, replica: Replica, stats: EngineStats) -> None:
+        """How it is doing."""
+
+
+class Replica:
+    """One engine, over all the processes that it takes.
+
+    Attributes:
+        index: which one it is.
+        state: starting (never ready yet), ready, restarting, stopped.
+        room: sequences that it is handed at a time.
+        tickets: those that it has, by name.
+        probe: a sequence that came from a dead engine and has to prove itself before any other is handed over.
+        failure: why it can't be started, once it is clear that trying again is of no use.
+    """
+
+    def __init__(self, index: int, config: ServerConfig, sockets: Sockets, spares: Spares, owner: Owner) -> None:
+        self._spares = spares
+        self.index = index
+        self.state = "starting"
+        self.room = config.paged.max_num_seqs + max(1, config.paged.max_num_seqs // 8)
+        self.tickets: dict[str, Ticket] = {}
+        self.probe: Ticket | None = None
+        self.failure: Failed | None = None
+        self._config = config
+        self._sockets = sockets
+        self._owner = owner
+        self._process: EngineProcess | None = None
+        self._ready_since: float | None = None
+        self._deaths = 0  # in a row, of engines that were young
+        self._progress = time.monotonic()
+        self._num_steps = -1
+        self._why = ""
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process, or None."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def load(self) -> int:
+        """Tokens that are still to be computed for what it has."""
+        return sum(ticket.expected for ticket in self.tickets.values())
+
+    @property
+    def lost(self) -> bool:
+        """Whether it will hardly ever be ready again."""
+        return self.failure is not None or self._deaths >= LOST
+
+    def stalled(self) -> float:
+        """Seconds without progress, though it has work."""
+        if self.state != "ready" or not self.tickets:
+            self._progress = time.monotonic()
+        return time.monotonic() - self._progress
+
+    # ------------------------------------------------------------------------------------------------------------- life
+
+    async def run(self) -> None:
+        """Keep a process running until cancelled, or until starting one is of no use."""
+        try:
+            while self.failure is None and not self._stopping:
+                await self._live_once()
+                if self.failure is None and not self._stopping:
+                    await asyncio.sleep(self._pause())
+        finally:
+            self.state = "stopped"
+
+    async def _live_once(self) -> None:
+        self._ready_since, self._why = None, ""
+        self._process = EngineProcess(self._sockets, self._spares, self._take)
+        status = await self._process.run(self._config, self.index)
+        why = self._why or _describe(status)
+        age = time.monotonic() - self._ready_since if self._ready_since is not None else 0.0
+        self._deaths = 0 if age >= YOUNG else self._deaths + 1
+        was_ready = self._ready_since is not None
+        self.state = "restarting" if self.state != "starting" or was_ready else "starting"
+        tickets, self.tickets, self.probe = list(self.tickets.values()), {}, None
+        if self._stopping:
+            return
+        resumed = f"{len(tickets)} requests will be resumed"
+        logger.error("engine %d died (%s); %s", self.index, why, resumed, extra={"pid": self.pid})
+        self._owner.replica_died(self, tickets, why)
+
+    def _pause(self) -> float:
+        """Nothing after the first death, then ever longer."""
+        if self._deaths <= 1:
+            return 0.0
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._deaths - 2))
+
+    def kill(self, why: str) -> None:
+        """End the process at once; another one follows."""
+        self._why = why
+        if self._process is not None:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Ask the process to end; no other follows."""
+        self._stopping = True
+        if self._process is not None:
+            self._process.stop()
+
+    # --------------------------------------------------------------------------------------------------------- requests
+
+    def place(self, ticket: Ticket, parent: Ticket | None) -> None:
+        """Hand it a sequence."""
+        ticket.placed_on(self)
+        if ticket.returning:
+            self.probe = ticket
+        self.tickets[ticket.name] = ticket
+        self.send(ticket.message(parent))
+
+    def forget(self, ticket: Ticket, *, abort: bool) -> None:
+        """It is done with a sequence; `abort`: and has to be told so."""
+        if self.tickets.pop(ticket.name, None) is None:
+            return
+        if self.probe is ticket:
+            self.probe = None
+        if abort:
+            self.send(Abort([ticket.name]))
+
+    def send(self, message: ToEngine) -> None:
+        """Tell the process something."""
+        if self._process is not None:
+            self._process.send(message)
+
+    def _take(self, message: FromEngine) -> None:
+        if isinstance(message, Deltas):
+            self._progress = time.monotonic()
+            for delta in message.deltas:
+                self._owner.replica_brought(self, delta)
+        elif isinstance(message, EngineStats):
+            if message.num_steps != self._num_steps or not message.busy:
+                self._progress = time.monotonic()
+            self._num_steps = message.num_steps
+            self._owner.replica_reported(self, message)
+        elif isinstance(message, Ready):
+            self._ready_since = self._progress = time.monotonic()
+            self.state = "ready"
+            logger.info("engine %d is ready", self.index, extra={"pid": message.pid, "backend": message.backend})
+            self._owner.replica_ready(self, message)
+        elif isinstance(message, Failed):
+            self._why = message.message
+            if self.state == "starting":
+                self.failure = message
+
+
+def _describe(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

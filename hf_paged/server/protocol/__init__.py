@@ -1,0 +1,1 @@
+"""OpenAI's protocol as pydantic models: requests that refuse what is not honoured, and the responses."""

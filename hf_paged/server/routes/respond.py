@@ -1,0 +1,151 @@
+"""How a call is answered: as one body, or as server-sent events; and what happens when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from hf_paged.server.errors import APIError
+from hf_paged.server.generation import Call
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+CLIENT_GONE = 499  # nginx's status for it; nobody reads it but the logs
+_to_json = msgspec.json.Encoder().encode
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer."""
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + _to_json(data) + b"\n\n"
+
+
+async def respond(
+    request: Request,
+    call: Call,
+    stream: bool,
+    events: Callable[[], AsyncGenerator[bytes, None]],
+    answer: Callable[[], Coroutine[Any, Any, Any]],
+    *,
+    done: bytes = DONE,
+) -> Response:
+    """Answer a call, and close it when that is done.
+
+    A stream begins with its first event, so that what fails before has a status of its own.
+
+    Args:
+        events: makes the events of a streamed answer.
+        answer: makes the body of another one.
+        done: ends a stream.
+    """
+    handed_on = False
+    try:
+        if not stream:
+            return JSONResponse(await unless_gone(request, answer()))
+        source = events()
+        try:
+            first = await unless_gone(request, _first(source))
+        except BaseException:
+            await source.aclose()
+            raise
+        handed_on = True
+        return EventStream(call, first, source, done)
+    except ClientGone:
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        if not handed_on:
+            await call.close()
+
+
+async def _first(source: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(source)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientGone: it left.
+    """
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for other in (task, leaving):
+            other.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events. When the client leaves, or the source fails, the call is closed.
+
+    Args:
+        call: closed at the end, however that comes.
+        first: the first event.
+        source: the others.
+        done: sent after the last one.
+    """
+
+    def __init__(self, call: Call, first: bytes, source: AsyncGenerator[bytes, None], done: bytes) -> None:
+        self.status_code, self.background = 200, None
+        self.media_type = "text/event-stream"
+        self.charset = "utf-8"
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._call, self._first, self._source, self._done = call, first, source, done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        pump, leaving = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({pump, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pump, leaving):
+                task.cancel()
+            await asyncio.gather(pump, leaving, return_exceptions=True)
+            with contextlib.suppress(RuntimeError):
+                await self._source.aclose()
+            await self._call.close()
+        if pump.done() and not pump.cancelled() and pump.exception() is not None:
+            logger.debug("a stream broke off: %r", pump.exception())
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await _send(send, self._first)
+        try:
+            async for data in self._source:
+                await _send(send, data)
+            end = self._done
+        except APIError as error:
+            end = event(error.body) + self._done
+        except OSError:
+            raise
+        except Exception:
+            logger.exception("a stream failed", extra={"request_id": self._call.client_id})
+            end = event(APIError(500, "internal error; see the server's logs").body) + self._done
+        await send({"type": "http.response.body", "body": end, "more_body": False})
+
+
+async def _send(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

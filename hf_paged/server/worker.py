@@ -1,0 +1,188 @@
+"""The engine process: `python -m hf_paged.server.worker`, started by the front, with its orders on standard input."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from typing import Any
+
+import psutil
+import torch
+import zmq
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from hf_paged import plugins
+from hf_paged.bench import models
+from hf_paged.errors import HFPagedError
+from hf_paged.hf.load import load_model, load_tokenizer
+from hf_paged.hf.params import end_ids
+from hf_paged.hookspecs import hookimpl
+from hf_paged.llm import LLM
+from hf_paged.params import SamplingParams
+from hf_paged.server import logs
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.engine_loop import EngineLoop, StepLog
+from hf_paged.server.messages import Failed, Ready, encode
+from hf_paged.types import Request
+
+logger = logging.getLogger("hf_paged.server.worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """What a front tells an engine process when it starts it.
+
+    Attributes:
+        replica: its index. replicas: how many there are on this machine.
+        inbox, outbox: addresses of the sockets that it reads from and writes to; the front has bound them.
+        config: the server's options.
+    """
+
+    replica: int
+    replicas: int
+    inbox: str
+    outbox: str
+    config: ServerConfig
+
+
+class _Observer:
+    """A plugin that hands the loop's step log to the engine."""
+
+    def __init__(self, log: StepLog) -> None:
+        self._log = log
+
+    @hookimpl
+    def register_step_observers(self, register: Any) -> None:
+        register(self._log)
+
+
+def main() -> None:
+    """Build the engine, say that it is ready, and carry requests until the front says stop or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what ends
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        orders: Orders = pickle.load(sys.stdin.buffer)
+    except EOFError:  # a spare that nobody needed
+        return
+    threading.Thread(target=_die_with_front, daemon=True).start()
+    logs.configure(orders.config.log_level, orders.config.log_format)
+    disable_progress_bar()  # its line is none of a log's
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, address in ((inbox, orders.inbox), (outbox, orders.outbox)):
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(address)
+    try:
+        loop, ready = build(orders, inbox, outbox)
+    except Exception as error:
+        logger.exception("the engine can't be built")
+        outbox.send(encode(Failed(f"{type(error).__name__}: {error}", usage=isinstance(error, HFPagedError))))
+        outbox.close(linger=5000)
+        context.term()
+        raise SystemExit(1) from error
+    outbox.send(encode(ready))
+    loop.run()
+    outbox.close(linger=1000)
+    os._exit(0)  # nothing is left to do, and destructors of GPU libraries may take seconds
+
+
+def _die_with_front() -> None:
+    """The front holds the other end of standard input: it ends when the front does, however that ended."""
+    with contextlib.suppress(OSError):
+        while sys.stdin.buffer.read(1):
+            pass
+    os._exit(1)
+
+
+def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> tuple[EngineLoop, Ready]:
+    """Load the model, build the engine and warm it up.
+
+    Raises:
+        HFPagedError: an option or the model is wrong; trying again is of no use.
+    """
+    config, log = orders.config, StepLog()
+    model = _load(orders)
+    paged = config.paged.replace(plugins=(*config.paged.plugins, _Observer(log)))
+    if model.device.type == "cpu" and paged.num_blocks is None and paged.kv_memory is None:
+        share = config.host_memory_share / orders.replicas
+        paged = paged.replace(kv_memory=int(psutil.virtual_memory().available * share))
+    llm = LLM(model, skip_tokenizer_init=True, config=paged, gpu_memory_utilization=config.gpu_memory_utilization)
+    built, _ = llm.engine()
+    engine = built.engine
+    engine.refresh()
+    # A first request makes the pool and compiles what is compiled late; nobody should wait for that.
+    engine.add(Request("warm-up", [1] * 8, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    engine.forget()
+    log.take()
+    gc.collect()
+    gc.freeze()  # the model's objects stay; the collector need not walk them
+    loop = EngineLoop(engine, inbox, outbox, log, orders.replica, _constrainer(built.manager, config))
+    ready = Ready(
+        pid=os.getpid(),
+        model=type(model).__name__,
+        max_model_len=engine.max_model_len,
+        longest=min(engine.pool.longest, engine.max_model_len or engine.pool.longest),
+        vocab_size=engine.model.vocab_size,
+        num_logits=engine.model.num_logits,
+        eos=sorted(end_ids(model, None)),
+        max_num_seqs=paged.max_num_seqs,
+        block_size=paged.block_size,
+        num_blocks=engine.stats.num_blocks,
+        backend=built.info.attention_backend,
+        scheduler=built.info.scheduler,
+        plugins=dict(plugins.loaded(built.manager)),
+        structured=bool(built.manager.hook.constrain_request.get_hookimpls()),
+        defaults=_defaults(model),
+    )
+    return loop, ready
+
+
+def _load(orders: Orders) -> Any:
+    config = orders.config
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.device not in (None, "cuda"):
+        device = models.pick_device(config.device)
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
+        return model.to(device).eval()
+    if models.pick_device(config.device).type == "cuda":
+        torch.cuda.set_device(orders.replica % torch.cuda.device_count())
+    elif orders.replicas > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // orders.replicas))
+    return load_model(config.model, dtype=config.dtype, **options)
+
+
+def _constrainer(manager: Any, config: ServerConfig) -> Any:
+    """Gives a request its constraint, in a thread of the loop's. The tokenizer is loaded when the first one asks."""
+    tokenizer: list[Any] = []
+    lock = threading.Lock()
+
+    def constrain(request: Request) -> None:
+        with lock:
+            if not tokenizer:
+                name = config.tokenizer or config.model
+                options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+                tokenizer.append(load_tokenizer(name, **options))
+        plugins.constrain(manager, request, tokenizer[0])
+
+    return constrain
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    """What the model's generation config says about sampling, beyond Transformers' own defaults."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: value for name, value in model.generation_config.to_diff_dict().items() if name in names}
+
+
+if __name__ == "__main__":
+    main()

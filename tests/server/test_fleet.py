@@ -1,0 +1,391 @@
+"""Fleet: what it does with its requests when engines die, hang, or are full. Engines are scripted, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+from server.fakes import READY
+
+from hf_paged import PagedConfig, SamplingParams
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.errors import APIError
+from hf_paged.server.front import replica
+from hf_paged.server.front.engine import Submission
+from hf_paged.server.front.fleet import Fleet
+from hf_paged.server.front.process import Spares
+from hf_paged.server.messages import (
+    Abort,
+    Add,
+    Delta,
+    Deltas,
+    EngineStats,
+    Failed,
+    Ready,
+    Stop,
+    decode_to_engine,
+    encode,
+)
+from hf_paged.server.stats import RequestRecord, ServerStats
+
+KILLS, HANGS, REFUSED = 250, 251, 252  # prompts that begin so kill the engine at their third token, and so on
+
+
+def following(tokens: list[int]) -> int:
+    """The scripted model: a token that depends on all before it."""
+    return (sum(tokens) * 31 + len(tokens)) % 200
+
+
+class ScriptedEngine:
+    """Looks like an engine process to the front: takes orders, speaks the messages, dies on command."""
+
+    started: list[ScriptedEngine]
+    failing = 0  # so many of the next ones can't be built
+
+    def __init__(self) -> None:
+        type(self).started.append(self)
+        self.pid = 1000 + len(self.started)
+        self.returncode: int | None = None
+        self.stdin = self
+        self.seen: list[str] = []
+        self.placed: list[list[str]] = []  # what it held, at each step
+        self.ever: set[str] = set()
+        self._requests: dict[str, tuple[list[int], int, int]] = {}
+        self._dead = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def write(self, orders: bytes) -> None:
+        self._orders = pickle.loads(orders)
+        self._task = asyncio.create_task(self._run())
+
+    async def drain(self) -> None: ...
+
+    async def wait(self) -> int:
+        await self._dead.wait()
+        return self.returncode or 0
+
+    def kill(self) -> None:
+        self.die(-9)
+
+    def die(self, status: int) -> None:
+        if self.returncode is None:
+            self.returncode = status
+            self._dead.set()
+            if self._task:
+                self._task.cancel()
+
+    async def _run(self) -> None:
+        context = zmq.asyncio.Context.instance()
+        inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        inbox.connect(self._orders.inbox)
+        outbox.connect(self._orders.outbox)
+        try:
+            if type(self).failing:
+                type(self).failing -= 1
+                await outbox.send(encode(Failed("no memory")))
+                return
+            ready = Ready(**{name: getattr(READY, name) for name in READY.__struct_fields__})
+            ready.max_num_seqs = self._orders.config.paged.max_num_seqs
+            await outbox.send(encode(ready))
+            await self._serve(inbox, outbox)
+        finally:
+            inbox.close()
+            outbox.close(linger=100)
+            self.die(1)
+
+    async def _serve(self, inbox: Any, outbox: Any) -> None:
+        while True:
+            while await inbox.poll(1):
+                message = decode_to_engine(await inbox.recv())
+                if isinstance(message, Stop):
+                    return self.die(0)
+                self._handle(message)
+            self.placed.append(sorted(self._requests))
+            if any(tokens[0] == HANGS for tokens, _, _ in self._requests.values()):
+                await asyncio.Event().wait()
+            deltas = [self._step(name) for name in list(self._requests)]
+            await outbox.send(encode(Deltas([delta for delta in deltas if delta])))
+            await outbox.send(encode(EngineStats(0, 0, len(self.placed), True, [], [], 0, 1, 1, 16, 0, 0, 0)))
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, Add):
+            assert message.prompt[0] != REFUSED or not message.output
+            self.ever.add(message.id)
+            tokens = [*message.prompt, *message.output]
+            self._requests[message.id] = tokens, len(message.prompt), message.params.get("max_tokens", 16)
+        elif isinstance(message, Abort):
+            for name in message.ids:
+                self._requests.pop(name, None)
+
+    def _step(self, name: str) -> Delta | None:
+        tokens, prompt, most = self._requests[name]
+        if tokens[0] == REFUSED:
+            del self._requests[name]
+            return Delta(name, finish="error", error="no", error_kind="invalid")
+        if tokens[0] == KILLS and len(tokens) == prompt + 2:
+            self.die(-6)
+            raise asyncio.CancelledError
+        tokens.append(following(tokens))
+        done = len(tokens) - prompt == most
+        if done:
+            del self._requests[name]
+        return Delta(name, tokens=tokens[-1:], finish="length" if done else None)
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a test's coroutine over a fleet of scripted engines."""
+    ScriptedEngine.started, ScriptedEngine.failing = [], 0
+    monkeypatch.setattr(replica, "FIRST_PAUSE", 0.01)
+
+    async def take(self: Spares) -> Any:
+        return ScriptedEngine()
+
+    monkeypatch.setattr(Spares, "take", take)
+
+    def run(test: Callable[[Fleet], Coroutine[Any, Any, None]], max_num_seqs: int = 8, **options: Any) -> None:
+        async def main() -> None:
+            paged = PagedConfig(max_num_seqs=max_num_seqs, scheduler=options.pop("scheduler", "fcfs"))
+            config = ServerConfig(model="x", paged=paged, spare_engine=False, **options)
+            made = Fleet(config, ServerStats())
+            made.start()
+            try:
+                await asyncio.wait_for(made.wait_ready(), 5)
+                await asyncio.wait_for(test(made), 20)
+            finally:
+                await made.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+def submission(*prompt: int, count: int = 24, name: str = "", **options: Any) -> Submission:
+    record = RequestRecord(name or f"r{prompt}", "client")
+    return Submission(record, list(prompt), SamplingParams(temperature=0, max_tokens=count), **options)
+
+
+def answer(one: Submission) -> list[int]:
+    tokens = list(one.prompt)
+    for _ in range(one.params.max_tokens or 0):
+        tokens.append(following(tokens))
+    return tokens[len(one.prompt) :]
+
+
+async def read(stream: Any) -> tuple[list[int], Delta]:
+    tokens: list[int] = []
+    async for delta in stream:
+        tokens += delta.tokens
+    return tokens, delta
+
+
+async def carried(fleet: Fleet, ones: list[Submission]) -> list[tuple[list[int], Delta]]:
+    return list(await asyncio.gather(*(read(fleet.submit([one])[0]) for one in ones)))
+
+
+def test_answers_survive_engines(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ones = [submission(i, count=60) for i in range(6)]
+        reading = asyncio.create_task(carried(made, ones))
+        for number in range(4):
+            while len(ScriptedEngine.started) <= number or len(ScriptedEngine.started[number].placed) < 12:
+                await asyncio.sleep(0.005)
+            ScriptedEngine.started[number].kill()
+        for one, (tokens, last) in zip(ones, await reading, strict=True):
+            assert (tokens, last.finish) == (answer(one), "length")
+        assert made._stats.totals.restarts == 4
+        assert made._stats.totals.output_tokens == 360
+
+    fleet(test)
+
+
+def test_a_request_that_kills_twice_is_given_up_alone(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ones = [submission(i, count=40) for i in range(5)]
+        poison = submission(KILLS, count=40)
+        *others, (_, last) = await carried(made, [*ones, poison])
+        assert (last.finish, last.error_kind) == ("error", "internal")
+        assert "given up" in (last.error or "")
+        for one, (tokens, delta) in zip(ones, others, strict=True):
+            assert (tokens, delta.finish) == (answer(one), "length")
+        assert len(ScriptedEngine.started) <= 4
+        after = submission(7)
+        assert (await carried(made, [after]))[0][0] == answer(after)
+
+    fleet(test)
+
+
+def test_a_request_that_is_alone_and_kills(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ((_, last),) = await carried(made, [submission(KILLS)])
+        assert last.finish == "error"
+        assert len(ScriptedEngine.started) in (3, 4)  # the next one is being started, or is
+
+    fleet(test)
+
+
+def test_replicas_take_each_others_requests(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        while made.snapshot().replicas != ("ready", "ready"):
+            await asyncio.sleep(0.005)
+        ones = [submission(i, count=60) for i in range(8)]
+        reading = asyncio.create_task(carried(made, ones))
+        while made._stats.totals.output_tokens < 80:
+            await asyncio.sleep(0.005)
+        first, second = ScriptedEngine.started[:2]
+        assert 2 <= len(first.ever) <= 6  # balanced
+        assert len(first.ever) + len(second.ever) == 8
+        first.kill()
+        assert [tokens for tokens, _ in await reading] == [answer(one) for one in ones]
+
+    fleet(test, replicas=2)
+
+
+def test_prefix_affinity(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        while made.snapshot().replicas != ("ready", "ready"):
+            await asyncio.sleep(0.005)
+        common = [list(range(i, i + 128)) for i in (0, 100)]
+        for number in range(8):
+            one = submission(*common[number % 2], number, count=4, name=str(number))
+            await carried(made, [one])
+        first, second = (engine.ever for engine in ScriptedEngine.started)
+        assert {frozenset(first), frozenset(second)} == {frozenset("0246"), frozenset("1357")}
+
+    fleet(test, replicas=2)
+
+
+def test_a_hanging_engine_is_noticed_and_replaced(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        one, hanging = submission(1, count=400), submission(HANGS)
+        reading = asyncio.create_task(carried(made, [one, hanging]))
+        unhealthy = False
+        while not reading.done():
+            unhealthy = unhealthy or not made.snapshot().alive
+            await asyncio.sleep(0.01)
+        (tokens, _), (_, last) = reading.result()
+        assert unhealthy
+        assert tokens == answer(one)
+        assert last.finish == "error"
+        assert made.snapshot().alive
+
+    fleet(test, watchdog=0.2)
+
+
+def test_an_engine_that_can_not_be_started_at_first(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ScriptedEngine.failing = 2
+        ScriptedEngine.started[0].kill()
+        one = submission(1)
+        assert (await carried(made, [one]))[0][0] == answer(one)  # it waited
+        assert len(ScriptedEngine.started) == 4
+
+    fleet(test)
+    ScriptedEngine.started, ScriptedEngine.failing = [], 1
+    with pytest.raises(APIError, match="no memory"):
+        fleet(test)
+
+
+def test_the_queue_is_bounded(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        streams = [made.submit([submission(i, count=50)])[0] for i in range(3)]  # two seats and one more to come
+        streams += [made.submit([submission(10 + i)])[0] for i in range(2)]
+        with pytest.raises(APIError) as caught:
+            made.submit([submission(99)])
+        assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        assert made.snapshot().waiting == 2
+        with pytest.raises(APIError, match="6 sequences in one call are more than the 5") as never:
+            made.submit([submission(i) for i in range(6)])
+        assert never.value.status == 400
+        for stream in streams:
+            assert (await read(stream))[1].finish == "length"
+        await carried(made, [submission(99)])
+
+    fleet(test, max_num_seqs=2, max_queue_requests=2)
+
+
+def test_the_queue_is_bounded_by_tokens(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        streams = [made.submit([submission(i, count=50)])[0] for i in range(3)]
+        streams.append(made.submit([submission(*range(90))])[0])
+        with pytest.raises(APIError, match="prompt tokens are waiting"):
+            made.submit([submission(*range(20))])
+        for stream in streams:
+            await read(stream)
+
+    fleet(test, max_num_seqs=2, max_queue_tokens=100)
+
+
+def test_deadlines_and_leaving(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        now = asyncio.get_running_loop().time()
+        running = [made.submit([submission(i, count=10_000)])[0] for i in range(2)]
+        late = made.submit([submission(5, count=10_000, deadline=now + 0.1)])[0]
+        waiting = made.submit([submission(6, queue_deadline=now + 0.05)])[0]
+        assert (await read(waiting))[1].finish == "queue_timeout"
+        assert (await read(late))[1].finish == "deadline"
+        for stream in running:
+            await stream.__anext__()
+            await stream.aclose()
+        one = submission(7)
+        assert (await carried(made, [one]))[0][0] == answer(one)
+        assert made.snapshot().running == 0
+        assert not made._tickets
+        assert made._stats.totals.finished == {"queue_timeout": 1, "deadline": 1, "abort": 2, "length": 1}
+
+    fleet(test, max_num_seqs=2)
+
+
+def test_priority(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ended: list[str] = []
+
+        async def note(one: Submission) -> None:
+            await read(made.submit([one])[0])
+            ended.append(one.record.request_id)
+
+        first = [submission(i, count=30, name=f"first{i}") for i in range(2)]
+        last = submission(3, name="last", priority=1)
+        soon = submission(4, name="soon", priority=-1)
+        await asyncio.gather(*(note(one) for one in [*first, last, soon]))
+        assert ended.index("soon") < ended.index("last")
+
+    fleet(test, max_num_seqs=1, scheduler="priority")
+
+
+def test_what_an_engine_refuses(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ((_, last),) = await carried(made, [submission(REFUSED)])
+        assert (last.finish, last.error_kind, last.error) == ("error", "invalid", "no")
+        assert len(ScriptedEngine.started) == 1
+
+    fleet(test)
+
+
+def test_children_follow_their_parent(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        parent = submission(1, 2, name="p")
+        children = [submission(1, 2, name=f"c{i}", parent=parent) for i in range(3)]
+        streams = made.submit([parent, *children])
+        for stream in streams:
+            assert (await read(stream))[0] == answer(parent)
+
+    fleet(test)
+
+
+def test_late_readers_get_deltas_as_one(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        one = submission(1)
+        (stream,) = made.submit([one])
+        while made.snapshot().running:
+            await asyncio.sleep(0.01)
+        delta = await stream.__anext__()
+        assert (delta.tokens, delta.finish) == (answer(one), "length")
+
+    fleet(test)

@@ -1,0 +1,84 @@
+"""Engines that die under load: every stream goes on, and says what it would have said."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from server import load
+from server.conftest import ServerProcess
+
+from hf_paged import cli
+
+# The issue's own size; `HF_PAGED_FULL=1 pytest tests/server` runs it.
+FULL = os.environ.get("HF_PAGED_FULL") == "1"
+STREAMS, KILLS = (100, 5) if FULL else (24, 2)
+
+
+async def killed_under_load(server: ServerProcess, calls: list[dict], kills: int, replica: int | None) -> list:
+    """Stream the calls, and kill an engine again and again while they run."""
+    seen = 0
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+
+    async def kill() -> None:
+        for number in range(kills):
+            enough = seen + len(calls) // 2
+            while seen < enough:
+                await asyncio.sleep(0.01)
+            pids = server.engine_pids
+            os.kill(pids[-1] if replica is None else pids[replica], signal.SIGKILL)
+            while number < kills - 1 and len(server.engine_pids) == len(pids):
+                await asyncio.sleep(0.05)
+
+    async with load.client(server.url) as http:
+        streams = asyncio.gather(*(load.stream(http, body, count) for body in calls))
+        killing = asyncio.create_task(kill())
+        outcomes = await streams
+        await killing
+    return list(outcomes)
+
+
+def test_kill_9_again_and_again(serve: Callable[..., ServerProcess]) -> None:
+    server = serve("--max-num-seqs", "128").wait_ready()
+    calls = load.bodies(STREAMS, longest=400)
+    expected = asyncio.run(load.all_streams(server.url, calls))
+    assert all(outcome.ok for outcome in expected)
+    began = time.monotonic()
+    outcomes = asyncio.run(killed_under_load(server, calls, KILLS, None))
+    print(f"{STREAMS} streams, {KILLS} kills: {time.monotonic() - began:.1f} s")
+    assert [outcome.error for outcome in outcomes] == [None] * STREAMS
+    assert [outcome.tokens for outcome in outcomes] == [outcome.tokens for outcome in expected]
+    assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
+    assert server.text.count("killed by signal 9") == KILLS
+    assert server.stop() == 0
+
+
+def test_engines_end_with_their_front(serve: Callable[..., ServerProcess]) -> None:
+    """However the front ends, neither its engine nor the spare process is left behind."""
+    server = serve().wait_ready()
+    front = psutil.Process(server.process.pid)
+    until = time.monotonic() + 20
+    while len(front.children()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = front.children()
+    server.process.kill()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_without_the_servers_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("hf_paged.server.serve", "hf_paged.server.chat_client"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for command in (["serve", "x"], ["chat", "x"]):
+        assert cli.main(command) == 2
+        assert "pip install 'hf-paged[server]'" in capsys.readouterr().err
