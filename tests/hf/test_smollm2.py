@@ -32,17 +32,18 @@ def test_ragged_workload(smollm2_dir: Path) -> None:
     assert free(handle.stats)
     hf_paged.unpatch(model)
 
-    # Half the blocks that all rows need, and prompts cut in pieces; then prompts that begin with known ones.
-    tight = {"num_blocks": 200, "max_num_batched_tokens": 100}
+    # Half the blocks that these rows need, and prompts cut in pieces; then prompts that begin with known ones.
+    tight = {"num_blocks": 45, "max_num_batched_tokens": 50}
+    few = range(8, 16)
     with hf_paged.paged(model, on_unsupported="error", **tight) as handle:
-        got = answers(model, prompts)
-        assert [i for i in range(32) if got[i] != expected[i]] == []
+        got = answers(model, [prompts[i] for i in few], 24)
+        assert got == [expected[i][:24] for i in few]
         assert handle.stats.num_preemptions > 0
         hits = handle.stats.prefix_hits
         for _ in range(2):
-            got = answers(model, prompts[-4:], 16)
-        assert got == [row[:16] for row in expected[-4:]]
-        assert handle.stats.prefix_hits - hits >= sum(len(prompt) - 16 for prompt in prompts[-4:])
+            got = answers(model, prompts[12:14], 4)
+        assert got == [row[:4] for row in expected[12:14]]
+        assert handle.stats.prefix_hits - hits >= sum(len(prompt) - 16 for prompt in prompts[12:14])
         assert free(handle.stats)
 
 

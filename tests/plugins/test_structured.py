@@ -357,7 +357,7 @@ def test_a_thread_that_breaks_off_leaves_nobody_waiting(llm):
 
 def test_a_batch_that_does_not_concern_it_is_not_touched(llm):
     _, driver = llm._patched.engine()
-    (processor,) = [p for p in driver.engine._processors if type(p).__name__ == "StructuredProcessor"]
+    (processor,) = [p for p in driver.engine._chooser._processors if type(p).__name__ == "StructuredProcessor"]
     request = Request("plain", [1])
     logits = torch.randn(1, 5)
     assert not processor.concerns(request)
