@@ -1,0 +1,51 @@
+"""Which graph serves a step; capturing itself is tried on a GPU, in tests/hf/test_gpu_engine.py."""
+
+from __future__ import annotations
+
+import pytest
+from engine.fake import FakeBackend, FakeModel, make_request
+
+from hf_paged.config import PagedConfig
+from hf_paged.engine.graphs import MIXED_PROMPTS, MIXED_TOKENS, PATIENCE, Graphs, decode_sizes
+from hf_paged.types import Layout, Scheduled, Step
+
+
+def graphs(**config):
+    return Graphs(FakeModel(), FakeBackend(), PagedConfig(**{"keep_pool": True, **config}), 16)
+
+
+def step(decode, prompts=()):
+    """Decode rows, then prompts of these lengths."""
+    rows = [Scheduled(make_request([1, 2, 3]), 2, 1) for _ in range(decode)]
+    return Step(rows + [Scheduled(make_request([1] * length), 0, length) for length in prompts])
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [1]), (3, [1, 2, 4]), (20, [1, 2, 4, 8, 16, 32]), (130, [1, 2, 4, 8, *range(16, 129, 16), 160])]
+)  # fmt: skip
+def test_decode_sizes(most, sizes):
+    assert decode_sizes(most) == sizes
+
+
+def test_the_smallest_layout_that_holds_a_step():
+    own = graphs(max_num_seqs=256)
+    assert own.layout(step(1)) == Layout(1, 1, 0)
+    assert own.layout(step(9)) == Layout(16, 16, 0)
+    assert own.layout(step(256)) == Layout(256, 256, 0)
+    assert own.layout(step(0, [5])) == Layout(0, 64, MIXED_PROMPTS)
+    assert own.layout(step(3, [60, 70])) == Layout(16, 16 + 192, MIXED_PROMPTS)
+    assert own.layout(step(129, [2048])) == Layout(256, 256 + 2048, MIXED_PROMPTS)
+
+
+def test_steps_that_no_graph_serves():
+    own = graphs(max_num_seqs=8)
+    assert own.layout(step(9)) is None
+    assert own.layout(step(1, [MIXED_TOKENS[-1] + 1])) is None
+    assert own.layout(step(1, [2] * (MIXED_PROMPTS + 1))) is None
+
+
+def test_where_the_pool_is_given_back_graphs_have_to_be_wanted_often():
+    own = graphs(keep_pool=None)
+    assert [own.layout(step(1)) for _ in range(PATIENCE)] == [None] * PATIENCE
+    assert own.layout(step(1)) == Layout(1, 1, 0)
+    assert own.layout(step(2)) is None  # another one
