@@ -15,7 +15,7 @@ calls and HTTP are the front's; the engine process sees ids alone.
 streams of `messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other
 machines fit behind the same methods.
 
-**The application.** `app.create_app(config, engine, text, stats)` makes the FastAPI application. On `app.state` there are:
+**The application.** `app.create_app(config, engine, text, stats)` makes the application. On `app.state` there are:
 
     app.state.config    config.ServerConfig, frozen
     app.state.engine    front.engine.EngineClient
