@@ -11,11 +11,11 @@ it: prompt ids, `SamplingParams`, seed, deadline. The `Fleet` keeps with it the 
 and when that replica dies places it again, to go on from its next token. Tokenising, detokenising, stop strings, tool
 calls and HTTP are the front's; the engine process sees ids alone.
 
-**An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `submit` -> an async stream of
-`messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other machines fit
-behind the same methods.
+**An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `check_room`, `submit` -> async
+streams of `messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other
+machines fit behind the same methods.
 
-**The application.** `app.create_app(config, engine, text)` makes the FastAPI application. On `app.state` there are:
+**The application.** `app.create_app(config, engine, text, stats)` makes the application. On `app.state` there are:
 
     app.state.config    config.ServerConfig, frozen
     app.state.engine    front.engine.EngineClient
