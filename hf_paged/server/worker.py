@@ -118,8 +118,8 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
     llm = LLM(model, skip_tokenizer_init=True, config=paged, gpu_memory_utilization=config.gpu_memory_utilization)
     built, _ = llm.engine()
     engine = built.engine
-    engine.refresh()
-    # A first request makes the pool and compiles what is compiled late; nobody should wait for that.
+    engine.warm_up()
+    # A first request compiles what is compiled late; nobody should wait for that.
     engine.add(Request("warm-up", [1] * 8, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
     while engine.has_work:
         engine.step()

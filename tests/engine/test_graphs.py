@@ -20,9 +20,10 @@ def step(decode, prompts=()):
     return Step(rows + [Scheduled(make_request([1] * length), 0, length) for length in prompts])
 
 
-@pytest.mark.parametrize(
-    ("most", "sizes"), [(1, [1]), (3, [1, 2, 4]), (20, [1, 2, 4, 8, 16, 32]), (130, [1, 2, 4, 8, *range(16, 129, 16), 160])]
-)  # fmt: skip
+SIZES = {1: [1], 3: [1, 2, 4], 20: [1, 2, 4, 8, 16, 32], 130: [1, 2, 4, 8, *range(16, 129, 16), 160]}
+
+
+@pytest.mark.parametrize(("most", "sizes"), SIZES.items())
 def test_decode_sizes(most, sizes):
     assert decode_sizes(most) == sizes
 
