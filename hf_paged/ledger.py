@@ -47,6 +47,8 @@ class Ledger:
         mapping[key] = value
 
         def undo() -> None:
+            if mapping.get(key, _MISSING) is not value:
+                return  # somebody else's by now, who may hold ours inside
             if before is _MISSING:
                 mapping.pop(key, None)
             else:

@@ -4,10 +4,11 @@ An object fits a protocol when it has its attributes and methods; it need not de
 calls from the thread that steps it, and at one of these paces:
 
 - when the KV pool is made, and when it grows: `AttentionBackend.kv_layout`
-- when a caller comes with requests: `PagedModel.fingerprint`
+- when a caller comes with requests: `PagedModel.fingerprint`, `PagedModel.addresses`
 - once a step: `AttentionBackend.plan`, `PagedModel.forward`, `LogitsProcessor`, `TokenSampler`, `StepObserver`
 - once for each new token of a request that has one: `Constraint`
-- once a layer: `LayerPlan.run`
+- once a step, when tokens are chosen on the device: `SamplingKernels`
+- once a layer: `LayerPlan.run`, `RotaryPlan.run_rotary`, `Kernels`
 - once for each block freed: `CachePolicy`
 
 None of the others is called once a token. Data is in `types`, which imports nothing of this.
@@ -83,8 +84,8 @@ class AttentionBackend(Protocol):
         prefer_runs: whether a request's blocks should lie in a row where they can.
         kernels: what computes the parts around attention, or None: the model's own modules do.
         sampling: what chooses tokens, or None: torch does.
-        captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of as many decode rows:
-            it reads lengths, tables and slots from the batch's tensors alone.
+        captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of its layout: they read
+            lengths, tables and slots from the batch's tensors alone.
     """
 
     prefer_runs: bool
@@ -280,7 +281,7 @@ class Constraint(Protocol):
 
 
 class StepObserver(Protocol):
-    """Sees each step of the engine, on the host, after its forward was launched."""
+    """Sees each step of the engine, on the host, when its tokens are known."""
 
     def __call__(self, stats: StepStats) -> None:
         """Take note of a step that is done."""

@@ -342,7 +342,7 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class StepStats:
-    """What a step observer sees, after the step's forward was launched. Host values only.
+    """What a step observer sees, when the step's tokens are known. Host values only.
 
     Attributes:
         num_running, num_waiting: requests after the step was scheduled.
@@ -350,7 +350,7 @@ class StepStats:
         num_preempted: requests preempted by the step.
         kv_usage: share of the pool's blocks that live requests hold, 0 to 1.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache and found, since the engine began.
-        duration: seconds the step took, from scheduling to its last token.
+        duration: seconds the step took: from its scheduling, or the end of the step before, to its last token.
     """
 
     num_running: int

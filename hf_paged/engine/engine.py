@@ -18,6 +18,7 @@ from hf_paged.engine.pool import Pool
 from hf_paged.engine.runner import Runner
 from hf_paged.engine.sampler import BatchSampler
 from hf_paged.engine.scheduler import FCFSScheduler
+from hf_paged.engine.staging import on_device
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
 from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver
 from hf_paged.types import CacheStats, FinishReason, Reject, Request, Sampled, Step, StepStats
@@ -77,6 +78,7 @@ class Engine:
         sampler = BatchSampler(seed, getattr(backend, "sampling", None))
         self._chooser = Chooser(sampler, processors, ahead=self._runs_ahead)
         self._flight: Flight | None = None  # the step that is launched, and hasn't landed
+        self._landed = 0.0  # when the last one landed, in seconds of `time.monotonic()`
         self._observers = list(observers)
         self._admit = admit
         self._told_finished = finished
@@ -138,13 +140,17 @@ class Engine:
         return self._flight is not None or self.scheduler.has_work
 
     def step(self) -> list[Request]:
-        """Land one batch. Returns the requests that it brought forward; an empty list: there was nothing to do.
+        """Land one batch. Returns the requests of its rows; none, if there was nothing to do or its forward raised.
 
         On a GPU the batch after it is launched first, with tokens that the host doesn't know yet, so that the device
         doesn't wait for the host. A request's end is found one step late there; what was computed beyond it is dropped.
 
         A forward that raises is tried again with fewer requests, down to the one at fault, which alone is failed.
         """
+        with on_device(self.model.spec.device):
+            return self._step()
+
+    def _step(self) -> list[Request]:
         flight = self._flight or self._launch(None)
         if flight is None:
             return []
@@ -252,9 +258,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Make the KV pool and capture every CUDA graph now, instead of when they are first of use."""
-        self.refresh()
-        self.pool.provide([])
-        self._runner.warm_up(self.pool.cache)
+        with on_device(self.model.spec.device):
+            self.refresh()
+            self.pool.provide([])
+            self._runner.warm_up(self.pool.cache)
 
     def _release(self) -> None:
         self._flight = None
@@ -406,7 +413,7 @@ class Engine:
     def _observe(self, flight: Flight) -> None:
         if not self._observers:
             return
-        step = flight.step
+        step, landed = flight.step, time.monotonic()
         decode = sum(row.count == 1 and row.start >= len(row.request.prompt_token_ids) for row in step.rows)
         tables = self.pool.tables
         stats = StepStats(
@@ -418,8 +425,9 @@ class Engine:
             kv_usage=tables.usage,
             prefix_queries=tables.prefix_queries,
             prefix_hits=tables.prefix_hits,
-            duration=time.monotonic() - flight.began,
+            duration=landed - max(flight.began, self._landed),
         )
+        self._landed = landed
         for observer in self._observers:
             observer(stats)
 

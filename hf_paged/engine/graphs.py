@@ -65,14 +65,8 @@ class Graphs:
     def forward(self, batch: Batch, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
         """Logits [rows of the layout, vocabulary], until the next forward; see `Runner.forward`."""
         self._follow(cache)
-        if layout not in self._graphs:
-            try:
-                self._capture(layout, cache)
-            except Exception as error:
-                self.drop()
-                self._failed = True
-                logger.warning("steps run without CUDA graphs, for capturing one failed: %s", error)
-                return self._model.forward(batch, self._backend.plan(batch, cache))
+        if layout not in self._graphs and not self._try_to_capture(layout, cache):
+            return self._model.forward(batch, self._backend.plan(batch, cache))
         self._fill(batch, layout)
         self._graphs[layout].replay()
         assert self._logits is not None
@@ -83,8 +77,8 @@ class Graphs:
         self._follow(cache)
         mixed = [Layout(rows, rows + more, MIXED_PROMPTS) for rows in self._mixed for more in MIXED_TOKENS]
         for layout in [*reversed(mixed), *(Layout(size, size, 0) for size in reversed(self._decode))]:
-            if layout not in self._graphs and not self._failed:
-                self._capture(layout, cache)
+            if layout not in self._graphs and not self._try_to_capture(layout, cache):
+                return
 
     def drop(self) -> None:
         """Forget all graphs; those that are wanted are captured anew."""
@@ -112,9 +106,20 @@ class Graphs:
             self.drop()
             self._cache_key = cache.key
 
+    def _try_to_capture(self, layout: Layout, cache: PagedKVCache) -> bool:
+        """Capture a graph. Where that fails, every step runs eagerly from now on."""
+        try:
+            self._capture(layout, cache)
+        except Exception as error:
+            self.drop()
+            self._failed = True
+            logger.warning("steps run without CUDA graphs, for capturing one failed: %s", error)
+        return not self._failed
+
     def _capture(self, layout: Layout, cache: PagedKVCache) -> None:
         if self._inputs is None:
-            self._inputs = self._make_inputs()
+            with torch.inference_mode(False):  # made in one caller's inference mode, they are written in another's call
+                self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
             # One for all: torch's allocator keeps memory for each stream apart.
             self._side = torch.cuda.Stream(self._device)
@@ -128,7 +133,9 @@ class Graphs:
                 # Compiles, and sets libraries up.
                 logits = self._model.forward(batch, self._backend.plan(batch, cache))
                 if self._logits is None:
-                    self._logits = logits.new_empty(self._decode[-1] + MIXED_PROMPTS, logits.shape[1])
+                    with torch.inference_mode(False):
+                        shape = self._decode[-1] + MIXED_PROMPTS, logits.shape[1]
+                        self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
                 del logits
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -34,6 +34,8 @@ class Runner:
         """The size that the batch of a step shall have, for a graph to serve it; None: the step's own."""
         if self._graphs is None or any(wants_prompt_logprobs(row) for row in step.rows):
             return None
+        if torch.is_autocast_enabled(self._model.spec.device.type):
+            return None  # a graph would read the casts of the weights that autocast keeps no longer than its context
         return self._graphs.layout(step)
 
     def forward(self, step: Step, batch: Batch, cache: PagedKVCache) -> torch.Tensor:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 ALIGN = 16  # bytes; Triton compiles another kernel for addresses that this doesn't divide
 BUFFERS = 3  # more than the engine has steps under way
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Have it current: Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Staging:

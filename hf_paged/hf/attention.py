@@ -54,8 +54,6 @@ class PagedStep:
         position: which layer comes next.
     """
 
-    fusion: object = None
-
     def __init__(self, plan: LayerPlan, modules: Sequence[nn.Module], fusion: object = None) -> None:
         self._plan = plan
         self._modules = modules

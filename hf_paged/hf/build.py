@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.staging import on_device
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.fusion.fusion import Fusion, acquire, release
 from hf_paged.hf.model import FlatModel
@@ -24,6 +25,8 @@ from hf_paged.protocols import AttentionBackend
 from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
+
+FAR = 4096  # where a model doesn't say how far its positions reach
 
 
 @dataclasses.dataclass
@@ -41,6 +44,12 @@ class Built:
     fusion: Fusion | None = None
     unfused: str | None = None
 
+    def __post_init__(self) -> None:
+        # Called once: when the engine is told to stop, or when it is gone, with the LLM that nobody closed.
+        self._releases = weakref.finalize(self, release, self.fusion) if self.fusion is not None else None
+        if self._releases is not None:
+            self._releases.atexit = False
+
     def close(self, error: BaseException | None = None) -> None:
         """Close the engine and tell the plugins."""
         self.engine.close()
@@ -48,9 +57,9 @@ class Built:
 
     def tell_stopped(self, error: BaseException | None = None) -> None:
         """Tell the plugins that the engine, which its driver closes, has stopped; take its fused forwards off."""
-        if self.fusion is not None:
-            release(self.fusion)
-            self.fusion = None
+        if self._releases is not None:
+            self._releases()
+        self.fusion = None
         plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
 
 
@@ -94,12 +103,13 @@ def build(
     )
     admission.engine = weakref.ref(engine)
     # What is wrong with an option is said before.
-    unfused = _fuse(model, flat, backend, config)
-    try:
-        unfused = _verify(model, flat, backend, config) or unfused
-    except BaseException:
-        _unfuse(flat)
-        raise
+    with on_device(flat.spec.device):
+        unfused = _fuse(model, flat, backend, config)
+        try:
+            unfused = _verify(model, flat, backend, config) or unfused
+        except BaseException:
+            _unfuse(flat)
+            raise
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
     built = Built(engine, info, manager, flat.fusion, unfused)
     try:
@@ -118,8 +128,9 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
         return "the attention backend has no kernels for it" if wanted else f"fusions={config.fusions}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    flat.fusion = acquire(model, flat.layers, kernels, structure(model))
     try:
+        far = max((flat.max_positions or FAR) - 1, 0)
+        flat.fusion = acquire(model, flat.layers, kernels, structure(model), far)
         if flat.fusion.in_trial:
             try_fusion(model, flat, backend, config.block_size)
             flat.fusion.end_trial()

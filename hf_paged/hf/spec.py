@@ -28,6 +28,8 @@ class _Look(PagedStep):
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.fusion = None  # modules are looked at as they are
+        self.position = 0
         self.layers: list[SeenLayer] = []
         self.num_logits = 0
         self._device = device

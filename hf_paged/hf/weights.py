@@ -61,8 +61,8 @@ def _sampled(tensors: list[torch.Tensor]) -> int:
 def structure(model: nn.Module) -> Hashable:
     """What a model was looked at with: another value after its modules, hooks or attention options changed."""
     modules = list(model.modules())
-    parameters = (parameter for module in modules for parameter in module._parameters.values())
-    kinds = frozenset((p.dtype, p.device) for p in parameters if p is not None)
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    kinds = frozenset((p.dtype, p.device) for p in parameters), tuple(map(id, parameters))
     configs = {id(own["config"]): own["config"] for own in map(vars, modules) if "config" in own}.values()
     options = [
         (name, repr(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
 
 import pytest
@@ -89,6 +90,64 @@ def test_a_layer_that_computes_something_else_is_taken_back():
         assert any(line.startswith("1 layers run as they are: fused, it gives another output") for line in report)
 
 
+def test_a_layer_that_depends_on_far_positions_is_taken_back():
+    """As long as a text is short, it computes what the others do."""
+    model = zoo.build("llama")
+    layer = model.model.layers[0]
+
+    class Scaled(type(layer)):
+        def forward(self, hidden_states, position_ids=None, **kwargs):
+            output = super().forward(hidden_states, position_ids=position_ids, **kwargs)
+            return output * (1 + (position_ids // 64)[..., None].to(output.dtype))
+
+    layer.__class__ = Scaled
+    prompt = torch.randint(5, 60, (1, 100))
+    wanted = model.generate(prompt, **KWARGS)
+    with hf_paged.paged(model, **FUSED):
+        assert torch.equal(model.generate(prompt, **KWARGS), wanted)
+        assert fused_layers(fusion_of(model).report()) == (1, 1)
+        assert any("depends on positions" in line for line in fusion_of(model).report())
+
+
+def test_a_call_in_inference_mode_leaves_the_model_fit_for_training():
+    model = zoo.build("llama")
+    ids = torch.randint(5, 60, (2, 16))
+    with hf_paged.paged(model, **FUSED), torch.inference_mode():
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_forward_that_was_wrapped_meanwhile_stays():
+    model = zoo.build("llama")
+    layer = model.model.layers[0]
+    calls = []
+    prompt = torch.tensor([[5, 6, 7]])
+    with hf_paged.paged(model, **FUSED):
+        wanted = model.generate(prompt, **KWARGS)
+        inner = layer.forward
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        layer.forward = wrapped
+        assert torch.equal(model.generate(prompt, **KWARGS), wanted)
+    assert layer.forward is wrapped
+    calls.clear()
+    assert torch.equal(model.generate(prompt, **KWARGS), wanted)
+    assert calls
+
+
+def test_an_llm_that_nobody_closed_takes_its_fusion_along():
+    model = zoo.build("llama")
+    llm = hf_paged.LLM(model, skip_tokenizer_init=True, fusions=True)
+    assert "forward" in vars(model.model.layers[0])
+    del llm
+    gc.collect()
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def test_unpatching_leaves_no_trace():
     model = zoo.build("qwen3")
     names = dict(model.named_modules())
@@ -118,15 +177,18 @@ def test_the_weights_are_live():
         optimizer.step()
 
     def move():
-        weight = model.model.layers[0].self_attn.k_proj.weight
-        weight.data = torch.randn_like(weight)
+        for weight in (model.model.layers[0].self_attn.k_proj.weight, model.model.layers[1].input_layernorm.weight):
+            weight.data = torch.randn_like(weight)
+
+    def assign():
+        model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()}, assign=True)
 
     def load():
         state = {name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()}
         model.load_state_dict(state)
 
     with hf_paged.paged(model, **FUSED):
-        for change in (step, move, load):
+        for change in (step, move, load, assign):
             model.generate(prompt, **KWARGS)
             change()
             got = model.generate(prompt, **KWARGS)

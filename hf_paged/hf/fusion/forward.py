@@ -83,16 +83,26 @@ class LayerForward(FusedForward):
 
     Args:
         candidates: ways to compute the layer; a trial step picks the one that agrees.
+        far: a position near the last one that the model has.
 
     Attributes:
         rejected: why the layer runs as it is, once a trial has found no candidate that agrees; or None.
     """
 
-    def __init__(self, module: nn.Module, fusion: object, candidates: list[FusedLayer]) -> None:
+    def __init__(self, module: nn.Module, fusion: object, candidates: list[FusedLayer], far: int) -> None:
         super().__init__(module, fusion)
         self.rejected: str | None = None
         self.trial = True
+        self._agreed = False
         self._candidates = candidates
+        self._far = far
+
+    def end_trial(self) -> None:
+        """From now on the candidate that agreed serves; without one the layer runs as it is."""
+        self.trial = False
+        if not self._agreed:
+            self._candidates = []
+            self.rejected = self.rejected or "the trial did not reach it"
 
     @property
     def gated(self) -> bool:
@@ -114,11 +124,15 @@ class LayerForward(FusedForward):
     def _try(self, step: PagedStep, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...], *a: Any, **kw: Any) -> Any:
         """The layer's own output; candidates that give another are dropped."""
         given, position = hidden.clone(), step.position
+        elsewhere = self._at_the_far_end(*a, **kw)
+        step.position = position
         wanted = self.original(*a, **kw)
         if not isinstance(wanted, torch.Tensor):
             self._candidates, self.rejected = [], f"its output is a {type(wanted).__name__}"
             return wanted
-        after, errors = step.position, []
+        after, errors, limit = step.position, [], LAYER_TOLERANCE[hidden.dtype]
+        if elsewhere is not None and not error(elsewhere - given, wanted - given) <= limit:
+            self._candidates, self.rejected = [], "what it computes depends on positions beyond its rotary embedding"
         while self._candidates:
             step.position = position
             try:
@@ -126,10 +140,18 @@ class LayerForward(FusedForward):
                 errors.append(error(got - given, wanted - given))
             except (TypeError, ValueError):  # a kernel doesn't take what this way of computing it hands over
                 errors.append(math.inf)
-            if errors[-1] <= LAYER_TOLERANCE[hidden.dtype]:
+            if errors[-1] <= limit:
+                self._agreed = True
                 break
             del self._candidates[0]
         else:
-            self.rejected = f"fused, it gives another output (relative error {min(errors):.1e})"
+            self.rejected = self.rejected or f"fused, it gives another output (relative error {min(errors):.1e})"
         step.position = after
         return wanted
+
+    def _at_the_far_end(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output under the same rotation, told that its tokens are far behind; None: it isn't told."""
+        told = [name for name in ("position_ids", "cache_position") if isinstance(kwargs.get(name), torch.Tensor)]
+        if not told:
+            return None
+        return self.original(*args, **{**kwargs, **{name: torch.full_like(kwargs[name], self._far) for name in told}})

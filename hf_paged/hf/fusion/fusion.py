@@ -28,11 +28,15 @@ class Fusion:
         model: the live module.
         layers: its attention layers, as they were seen.
         kernels: what the fused forwards launch.
-        key: what the model was looked at with; see `shared`.
+        key: what the model was looked at with; see `acquire`.
+        far: a position near the last one that the model has.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable, far: int
+    ) -> None:
         self.key = key
+        self._far = far
         self.users = 0
         self._kernels = kernels
         self._ledger = Ledger()
@@ -61,7 +65,7 @@ class Fusion:
             layer = parents.get(seen.module)
             candidates = self._candidates(layer, seen, index, shared) if layer is not None else []
             if layer is not None and candidates:
-                forward = LayerForward(layer, self, candidates)
+                forward = LayerForward(layer, self, candidates, self._far)
                 self._layers.append(forward)
                 self._put(forward)
                 inside.update(layer.modules())
@@ -93,8 +97,9 @@ class Fusion:
         attention = find_attention(seen, index, self._kernels, shared)
         if attention is None:
             return []
+        self._merged.append(attention.qkv)
         mlp = find_mlp(rest[0], shared)
-        self._merged += [attention.qkv, *([mlp.gate_up] if mlp is not None else [])]
+        self._merged += [mlp.gate_up] if mlp is not None else []
         multiplier = float(getattr(layer, "residual_multiplier", 1.0))
         return [
             FusedLayer(self._kernels, attention, mlp or rest[0], wiring, norms, rotation, multiplier)
@@ -127,7 +132,7 @@ class Fusion:
     def end_trial(self) -> None:
         """From now on the fused forwards serve; layers that a trial step has not seen agree run as they are."""
         for forward in self._layers:
-            forward.trial = False
+            forward.end_trial()
 
     @property
     def in_trial(self) -> bool:
@@ -157,11 +162,12 @@ _lock = threading.Lock()
 _PLACE = "_hf_paged_fusion"  # where a model holds its fusion: what holds the model in turn must go with it
 
 
-def acquire(model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable) -> Fusion:
+def acquire(model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable, far: int) -> Fusion:
     """The fusion of a model, shared by its engines until each has released it.
 
     Args:
         key: what the model was looked at with; a fusion of another key is void.
+        far: a position near the last one that the model has.
     """
     with _lock:
         found: Fusion | None = vars(model).get(_PLACE)
@@ -169,7 +175,7 @@ def acquire(model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernel
             found.undo()
             found = None
         if found is None:
-            found = Fusion(model, layers, kernels, key)
+            found = Fusion(model, layers, kernels, key, far)
         found.users += 1
         return found
 

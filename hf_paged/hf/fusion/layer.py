@@ -50,7 +50,7 @@ ROTATIONS: tuple[Rotation | None, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class FusedLayer:
-    """One way to compute a decoder layer; whether it is the right one, `check` tells.
+    """One way to compute a decoder layer; whether it is the right one, a trial step tells.
 
     Attributes:
         norms: the norms of `wiring`, by name.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class MergedLinear:
 
     def bind(self) -> None:
         """Make the parameters parts of one storage, where they aren't."""
-        self.weight = _merged(self._weights)
-        self.bias = _merged(self._biases) if self._biases else None
+        with _ordinary_tensors():
+            self.weight = _merged(self._weights)
+            self.bias = _merged(self._biases) if self._biases else None
 
     @property
     def intact(self) -> bool:
@@ -53,17 +55,24 @@ class MergedLinear:
         """Give each parameter a storage of its own again."""
         if len(self._layers) == 1:
             return
-        for layer in self._layers:
-            for parameter, merged in ((layer.weight, self.weight), (layer.bias, self.bias)):
-                if parameter is not None and _shares(parameter, merged):
-                    parameter.data = parameter.data.clone()
+        with _ordinary_tensors():
+            for layer in self._layers:
+                for parameter, merged in ((layer.weight, self.weight), (layer.bias, self.bias)):
+                    if parameter is not None and _shares(parameter, merged):
+                        parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Whatever mode the caller is in, its model must stay fit for training."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _merged(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parameters) == 1:
         return parameters[0].detach()
-    with torch.no_grad():
-        merged = torch.cat([parameter.detach() for parameter in parameters])
+    merged = torch.cat([parameter.detach() for parameter in parameters])
     first = 0
     for parameter in parameters:
         parameter.data = merged[first : first + len(parameter)]
