@@ -12,7 +12,7 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine import admission
 from hf_paged.engine import batch as batches
 from hf_paged.engine.chooser import Chooser
-from hf_paged.engine.flight import Flight
+from hf_paged.engine.flight import Flight, Mark
 from hf_paged.engine.logprobs import add_output_logprobs, add_prompt_logprobs, trim_logprobs
 from hf_paged.engine.pool import Pool
 from hf_paged.engine.runner import Runner
@@ -185,16 +185,21 @@ class Engine:
         return flight
 
     def _forward(self, step: Step, ahead: Flight | None, began: float) -> Flight:
+        if ahead is not None and ahead.mark is not None:
+            ahead.mark.come_after()
         chosen = None if ahead is None or ahead.chosen is None else ahead.chosen.on_device
         places = ahead.places if ahead is not None else None
         batch = self._builder.build(step, layout=self._runner.layout(step), chosen=chosen, places=places)
         flight = Flight(step, began)
         self._chooser.launch(flight, batch, self._runner.forward(step, batch, self.pool.cache))
+        flight.mark = Mark(self.model.spec.device)
         return flight
 
     def _land(self, flight: Flight) -> None:
         """Wait for a step's tokens, and act on them."""
         try:
+            if flight.mark is not None:
+                flight.mark.come_after()
             tokens = flight.chosen.wait() if flight.chosen is not None else []
         except Exception as error:
             self._isolate(flight.step, error)

@@ -22,6 +22,7 @@ class Flight:
         chosen: the tokens that were chosen on the device, for the requests of `places`.
         places: for each of these its index in `chosen`.
         logits: [S, vocabulary], what the other rows sample from when the step lands; None without others.
+        mark: behind all that was launched for it.
     """
 
     step: Step
@@ -31,6 +32,26 @@ class Flight:
     chosen: ChosenTokens | None = None
     places: Mapping[Request, int] = dataclasses.field(default_factory=dict)
     logits: torch.Tensor | None = None
+    mark: Mark | None = None
+
+
+class Mark:
+    """A place in the work of the current stream; work on another stream can be had to come after it.
+
+    Callers take turns at driving the engine, and each may have a stream of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def come_after(self) -> None:
+        """Have what the current stream is given from now on wait for it, on the device."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class ChosenTokens:
