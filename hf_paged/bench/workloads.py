@@ -62,8 +62,8 @@ class Uniform:
     output: int
 
     def items(self, vocab_size: int, seed: int, output: int | None = None) -> list[Item]:
-        """The requests, with random ids of their own for each seed, so that no run finds another's prefixes."""
-        ids = random.Random(seed)
+        """The requests, with random ids of their own for each seed and shape: no run finds another's prefixes."""
+        ids = random.Random(f"{self.requests} of {self.prompt}, {seed}")
         prompts = [[ids.randrange(vocab_size) for _ in range(self.prompt)] for _ in range(self.requests)]
         return [Item(prompt, output or self.output) for prompt in prompts]
 

@@ -44,7 +44,9 @@ class BatchBuilder:
         """
         padded = _Padded(step.rows, layout)
         positions = padded.positions
-        tables = [_padded([row.request.tables[group] if row else () for row in padded.rows]) for group in self._groups]
+        tables = [
+            _as_array([row.request.tables[group] if row else () for row in padded.rows]) for group in self._groups
+        ]
         fed = [(end - 1, places[row.request]) for row, end in padded.ends_of_rows() if not row.known] if places else []
         sampling = padded.sampling() if layout is not None else _sampling(step.rows)
         wide = [
@@ -179,7 +181,7 @@ def table_width(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // (block_size * WIDTH_STEP)) * WIDTH_STEP
 
 
-def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
+def _as_array(tables: Sequence[Sequence[int]]) -> np.ndarray:
     """int32 [rows, a multiple of 16 that holds the longest], padded with the null block."""
     padded = np.zeros((len(tables), table_width(max(map(len, tables), default=0), 1)), np.int32)
     for row, table in zip(padded, tables, strict=True):

@@ -65,6 +65,8 @@ class Chooser:
                 groups.setdefault(row.request.sampler or self._sampler, []).append((row.request, index))
         for sampler, members in groups.items():
             members = [member for member in members if not member[0].finished]  # what a callback has aborted by now
+            if not members:
+                continue
             requests = [request for request, _ in members]
             logits = _picked(flight.logits, [index for _, index in members])
             try:

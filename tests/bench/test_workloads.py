@@ -74,3 +74,10 @@ def test_a_bad_file_says_where(tmp_path, text, message):
 def test_an_unknown_workload():
     with pytest.raises(ConfigError, match="'B' is neither A, cpu nor a file"):
         workloads.load("B", vocab_size=5)
+
+
+def test_no_run_finds_anothers_prefixes():
+    """Runs of one benchmark share an engine, and a prefix that is found there is not computed."""
+    runs = [(shape, seed) for shape in workloads.UNIFORM.values() for seed in range(8)]
+    begins = [tuple(item.prompt_token_ids[:16]) for shape, seed in runs for item in shape.items(1000, seed)]
+    assert len(set(begins)) == len(begins)
