@@ -4,7 +4,7 @@ An object fits a protocol when it has its attributes and methods; it need not de
 calls from the thread that steps it, and at one of these paces:
 
 - when the KV pool is made, and when it grows: `AttentionBackend.kv_layout`
-- when a caller comes with requests: `PagedModel.fingerprint`, `PagedModel.addresses`
+- when a caller comes with requests: `PagedModel.fingerprint`, `PagedModel.graph_key`
 - once a step: `AttentionBackend.plan`, `PagedModel.forward`, `LogitsProcessor`, `TokenSampler`, `StepObserver`
 - once for each new token of a request that has one: `Constraint`
 - once a step, when tokens are chosen on the device: `SamplingKernels`
@@ -48,8 +48,8 @@ class PagedModel(Protocol):
         """A value that changes when the weights, or what else decides the keys and values, may have changed."""
         ...
 
-    def addresses(self) -> Hashable:
-        """A value that changes when tensors which the forward reads lie elsewhere: captured graphs are void then."""
+    def graph_key(self) -> Hashable:
+        """A value that changes when the forward launches something else, or on other tensors: graphs are void then."""
         ...
 
 

@@ -48,12 +48,14 @@ class BatchBuilder:
             _as_array([row.request.tables[group] if row else () for row in padded.rows]) for group in self._groups
         ]
         fed = [(end - 1, places[row.request]) for row, end in padded.ends_of_rows() if not row.known] if places else []
-        sampling = padded.sampling() if layout is not None else _sampling(step.rows)
+        wanted, sampling = _wanted_logits(padded)
+        if layout is not None:
+            wanted += [0] * (layout.rows - len(wanted))
         wide = [
             padded.token_ids(),
             np.maximum(positions, 0),
             *(self._slots(table, padded.row_of, positions) for table in tables),
-            np.array(padded.last_tokens() if layout is not None else _logits_indices(padded), np.int64),
+            np.array(wanted, np.int64),
             np.array(fed, np.int64).reshape(-1, 2).T,
         ]
         moved = self._staging.send([*wide, padded.starts.astype(np.int32), padded.lengths.astype(np.int32), *tables])
@@ -132,14 +134,6 @@ class _Padded:
             if row is not None:
                 yield row, end
 
-    def last_tokens(self) -> np.ndarray:
-        """int64 [rows], the last token of each; the first token's for rows that have none."""
-        return np.maximum(self.starts[1:] - 1, 0)
-
-    def sampling(self) -> list[tuple[Scheduled, int]]:
-        """The rows that sample, each with its row of the logits."""
-        return [(row, at) for at, row in enumerate(self.rows) if row is not None and row.samples]
-
 
 def leading_decode_rows(rows: Sequence[Scheduled]) -> int:
     """How many rows of one token there are before any other."""
@@ -154,26 +148,25 @@ def _fresh_from(padded: _Padded) -> int:
     return fresh
 
 
-def _logits_indices(padded: _Padded) -> list[int]:
-    """The last token of each row that samples; every token of a row whose prompt's log-probabilities are wanted."""
-    indices: list[int] = []
-    for row, end in padded.ends_of_rows():
+def _wanted_logits(padded: _Padded) -> tuple[list[int], list[tuple[Scheduled, int]]]:
+    """The flat tokens whose logits are wanted, and the rows that sample, each with its place among these tokens.
+
+    That is the last token of each row that samples, and every token of a row whose prompt's log-probabilities are
+    wanted. Rows whose tokens are chosen at launch come first, so that a slice of the logits is theirs: to pick them by
+    index, the host would have to wait for the device.
+    """
+    ends = list(padded.ends_of_rows())
+    if not any(wants_prompt_logprobs(row) for row, _ in ends):  # else the step's order tells whose logits are whose
+        ends.sort(key=lambda row_and_end: not row_and_end[0].request.runs_ahead)
+    wanted: list[int] = []
+    sampling = []
+    for row, end in ends:
         if wants_prompt_logprobs(row):
-            indices.extend(range(end - row.count, end))
-        elif row.samples:
-            indices.append(end - 1)
-    return indices
-
-
-def _sampling(rows: Sequence[Scheduled]) -> list[tuple[Scheduled, int]]:
-    """The rows that sample, each with its row of the logits, where these are as `_logits_indices` has them."""
-    found, index = [], 0
-    for row in rows:
-        index += row.count - row.samples if wants_prompt_logprobs(row) else 0
+            wanted.extend(range(end - row.count, end - row.samples))
         if row.samples:
-            found.append((row, index))
-            index += 1
-    return found
+            sampling.append((row, len(wanted)))
+            wanted.append(end - 1)
+    return wanted, sampling
 
 
 def table_width(num_tokens: int, block_size: int) -> int:

@@ -75,6 +75,7 @@ class Engine:
         self._builder = batches.BatchBuilder(config.block_size, len(self.pool.tables.pools), model.spec.device)
         self._longest = min(self.pool.longest, self.max_model_len or self.pool.longest)
         self._runner = Runner(model, backend, config, batches.table_width(self._longest, config.block_size))
+        self.scheduler.pace = self._runner.prompt_tokens
         sampler = BatchSampler(seed, getattr(backend, "sampling", None))
         self._chooser = Chooser(sampler, processors, ahead=self._runs_ahead)
         self._flight: Flight | None = None  # the step that is launched, and hasn't landed
@@ -86,7 +87,7 @@ class Engine:
         # Requests whose last token is kept but not yet acted on: their length before it, and whether it ends them.
         self._unsettled: dict[Request, tuple[int, bool]] = {}
         self._fingerprint: Hashable = None
-        self._addresses: Hashable = None
+        self._graph_key: Hashable = None
         self._closed = False
 
     # ---------------------------------------------------------------------------------------------------- add and abort
@@ -240,10 +241,10 @@ class Engine:
         if fingerprint != self._fingerprint:
             self.forget()
             self._fingerprint = fingerprint
-        addresses = self.model.addresses()
-        if addresses != self._addresses:
+        graph_key = self.model.graph_key()
+        if graph_key != self._graph_key:
             self._runner.forget_graphs()
-            self._addresses = addresses
+            self._graph_key = graph_key
 
     def forget(self) -> None:
         """Void the prefix cache."""

@@ -28,8 +28,14 @@ DECODE_STEP = 32
 # Of steps that prefill too: decode rows, tokens of the others, and the most of these. Larger steps keep the device busy
 # for longer than the host takes to launch them one kernel after the other.
 MIXED_DECODE = (0, 16, 64, 128)
-MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
+MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 MIXED_PROMPTS = 16
+# Beside more decode rows than MANY_ROWS prompts go a little in each step, unless BACKLOG tokens of them wait. On an H100
+# steps of 512 tokens, where products cease to wait for the weights, cost least for each token; and decode rows aren't
+# held up by long steps.
+MANY_ROWS = 128
+BACKLOG = 4096
+TILE = 256  # tokens; the products' tiles
 # A pool that is given back after each call takes its graphs along: those calls capture what they will use for long.
 PATIENCE = 8
 
@@ -61,6 +67,13 @@ class Graphs:
             return None
         self._wanted[layout] += 1
         return layout if layout in self._graphs or self._wanted[layout] > self._patience else None
+
+    def prompt_tokens(self, decode: int, wanted: int) -> int:
+        """How many of the `wanted` prompt tokens a step of so many decode rows shall take at most."""
+        rows = _at_least(self._mixed, decode)
+        if self._failed or rows is None or decode <= MANY_ROWS or wanted >= BACKLOG:
+            return wanted
+        return -(-(rows + TILE // 2) // TILE) * TILE - rows
 
     def forward(self, batch: Batch, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
         """Logits [rows of the layout, vocabulary], until the next forward; see `Runner.forward`."""

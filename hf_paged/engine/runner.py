@@ -38,6 +38,10 @@ class Runner:
             return None  # a graph would read the casts of the weights that autocast keeps no longer than its context
         return self._graphs.layout(step)
 
+    def prompt_tokens(self, decode: int, wanted: int) -> int:
+        """How many of the `wanted` prompt tokens a step of so many decode rows shall take at most."""
+        return wanted if self._graphs is None else self._graphs.prompt_tokens(decode, wanted)
+
     def forward(self, step: Step, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
         """Logits [S, vocabulary] of the tokens `batch.logits_indices`; keys and values are in the cache after it.
 

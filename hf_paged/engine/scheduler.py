@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hf_paged.engine.tables import BlockTables
 from hf_paged.types import Request, Scheduled, Status, Step
@@ -22,7 +22,13 @@ class FCFSScheduler:
         max_num_seqs: most rows of a step.
         max_num_batched_tokens: most tokens of a step.
         max_model_len: most tokens that a request may have.
+
+    Attributes:
+        pace: how many prompt tokens a step takes at most, of so many decode rows and so many prompt tokens that could
+            be served now; None: all, up to max_num_batched_tokens.
     """
+
+    pace: Callable[[int, int], int] | None = None
 
     def __init__(
         self, tables: BlockTables, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int | None = None
@@ -83,11 +89,12 @@ class FCFSScheduler:
         self._drop_served()
         step = Step(rows=[])
         shares: dict[Request, Scheduled] = {}
-        self._continue_running(shares, step)
+        budget = self._budget()
+        self._continue_running(shares, step, budget)
         if not step.preempted:
-            self._admit_waiting(shares)
+            self._admit_waiting(shares, budget)
         while not shares and self._make_room(step):
-            self._admit_waiting(shares)
+            self._admit_waiting(shares, budget)
         step.rows = list(shares.values())
         step.copies = self.tables.take_copies()
         return step
@@ -123,9 +130,18 @@ class FCFSScheduler:
         while self._apart and all(request.finished or request.held for request in self._apart[0]):
             self._apart.pop(0)
 
-    def _continue_running(self, shares: dict[Request, Scheduled], step: Step) -> None:
+    def _budget(self) -> int:
+        """Most tokens of the next step."""
+        if self.pace is None:
+            return self.max_num_batched_tokens
+        pending = [r.num_pending for r in self.running if self._active(r)]
+        decode, room = pending.count(1), self.max_num_seqs - len(pending)
+        prompts = sum(pending) - decode
+        prompts += sum(r.num_pending for r in itertools.islice(filter(self._ready, self.waiting), max(0, room)))
+        return min(self.max_num_batched_tokens, decode + self.pace(decode, prompts)) if prompts else decode
+
+    def _continue_running(self, shares: dict[Request, Scheduled], step: Step, budget: int) -> None:
         active = [r for r in self.running if self._active(r)]
-        budget = self.max_num_batched_tokens
         for request in sorted(active, key=lambda r: r.num_pending > 1):  # stable: decode rows first, each in order
             if budget <= 0 or len(shares) >= self.max_num_seqs:
                 return
@@ -154,11 +170,11 @@ class FCFSScheduler:
                 break
         return lost
 
-    def _admit_waiting(self, shares: dict[Request, Scheduled]) -> None:
-        budget = self.max_num_batched_tokens - sum(share.count for share in shares.values())
+    def _admit_waiting(self, shares: dict[Request, Scheduled], budget: int) -> None:
+        budget -= sum(share.count for share in shares.values())
         active = sum(map(self._active, self.running))
-        for request in [r for r in self.waiting if self._ready(r)]:
-            if budget <= 0 or active >= self.max_num_seqs or len(shares) >= self.max_num_seqs:
+        for request in list(itertools.islice(filter(self._ready, self.waiting), max(0, self.max_num_seqs - active))):
+            if budget <= 0 or len(shares) >= self.max_num_seqs:
                 return
             count = self.tables.admit(request, budget, self._expected(request))
             if count is None:
@@ -168,7 +184,6 @@ class FCFSScheduler:
             bisect.insort(self.running, request, key=self.key)
             shares[request] = Scheduled(request, request.num_computed, count)
             budget -= count
-            active += 1
 
     def _make_room(self, step: Step) -> bool:
         """Nothing could be served: requests that may not be served now hold the blocks. Take the last one's."""

@@ -48,15 +48,19 @@ class PagedStep:
     Args:
         plan: what each layer runs.
         modules: the attention modules in the order in which they call.
+        wanted: int64 [S], the tokens whose logits are asked for.
         fusion: whose fused forwards serve this step, or None: the modules' own do.
 
     Attributes:
         position: which layer comes next.
     """
 
-    def __init__(self, plan: LayerPlan, modules: Sequence[nn.Module], fusion: object = None) -> None:
+    def __init__(
+        self, plan: LayerPlan, modules: Sequence[nn.Module], wanted: torch.Tensor, fusion: object = None
+    ) -> None:
         self._plan = plan
         self._modules = modules
+        self.wanted = wanted
         self.fusion = fusion
         self.position = 0
 

@@ -58,7 +58,7 @@ class FlatModel:
             batch.input_ids,
             batch.positions,
             batch.logits_indices,
-            PagedStep(plan, self._modules, self.fusion),
+            PagedStep(plan, self._modules, batch.logits_indices, self.fusion),
             self._configs,
             keeps_logits=self._keeps_logits,
         )
@@ -69,9 +69,9 @@ class FlatModel:
             self.fusion.rebind()
         return self._weights.fingerprint()
 
-    def addresses(self) -> Hashable:
-        """See `PagedModel.addresses`."""
-        return self._weights.addresses()
+    def graph_key(self) -> Hashable:
+        """See `PagedModel.graph_key`."""
+        return self._weights.graph_key()
 
 
 def flat_forward(

@@ -15,7 +15,6 @@ SAMPLES = 8  # elements looked at of each parameter
 # Options of a config, by parts of their names, and attributes of modules that say how attention is computed.
 CONFIG_PARTS = ("window", "layer_type", "softcap", "rope", "scal", "multiplier", "chunk", "causal")
 MODULE_OPTIONS = {"sliding_window", "is_causal", "scaling", "attn_logit_softcapping", "layer_type", "attention_type"}
-_INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightWatch:
@@ -31,36 +30,61 @@ class WeightWatch:
 
     def fingerprint(self) -> Hashable:
         """A value that is another one after the weights, the active adapters, the hooks or the modules changed."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors if t.device.type != "meta"))
-        return counters, _sampled(tensors), tuple(_adapters(self._model)), tuple(_hooks(self._model.modules()))
+        modules = modules_of(self._model)
+        tensors = _tensors(modules)
+        counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors))
+        return counters, _sampled(tensors), tuple(_adapters(modules)), tuple(_hooks(modules))
 
-    def addresses(self) -> Hashable:
-        """A value that is another one after a parameter or buffer was put elsewhere."""
-        return hash(tuple(t.data_ptr() for t in (*self._model.parameters(), *self._model.buffers()) if not t.is_meta))
+    def graph_key(self) -> Hashable:
+        """A value that is another one after a parameter or buffer was put elsewhere, or an adapter was switched."""
+        modules = modules_of(self._model)
+        return hash((tuple(t.data_ptr() for t in _tensors(modules)), *_adapters(modules)))
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """A model and all its parts, each once: `nn.Module.modules` takes milliseconds, and this is asked at each call."""
+    found: dict[nn.Module, None] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            left += [part for part in reversed(module._modules.values()) if part is not None]
+    return list(found)
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers, each once, but for those without memory."""
+    kinds = (kind for module in modules for kind in (module._parameters, module._buffers))
+    tensors = {id(t): t for kind in kinds for t in kind.values() if t is not None and not t.is_meta}
+    return list(tensors.values())
 
 
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors have no counter
 
 
-def _sampled(tensors: list[torch.Tensor]) -> int:
+def _sampled(tensors: Iterable[torch.Tensor]) -> int:
     """A hash of a few elements of each tensor, bit for bit."""
-    by_kind: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        if tensor.device.type == "meta" or tensor.numel() == 0 or not tensor.is_contiguous() or tensor.is_sparse:
-            continue
-        flat = tensor.detach().view(-1)
-        picked = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        if tensor.dtype.itemsize in _INT_VIEWS and not tensor.dtype.is_complex:
-            picked = picked.contiguous().view(_INT_VIEWS[tensor.dtype.itemsize])
-            by_kind.setdefault((tensor.device, tensor.dtype.itemsize), []).append(picked)
-    return hash(tuple(torch.cat(group).cpu().numpy().tobytes() for group in by_kind.values()))
+        if tensor.numel() and tensor.is_contiguous() and not tensor.is_sparse:
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(_spread(tensor.detach()))
+    groups = [torch.cat(group).view(torch.uint8) for group in by_kind.values()]
+    return hash(tuple(group.cpu().numpy().tobytes() for group in groups))
+
+
+def _spread(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to SAMPLES elements of a contiguous tensor, from its whole length."""
+    step = max(1, tensor.numel() // SAMPLES)
+    if type(tensor) is torch.Tensor:  # else one view more each: a model has hundreds
+        return tensor.as_strided((min(SAMPLES, tensor.numel()),), (step,), tensor.storage_offset())
+    return tensor.view(-1)[::step][:SAMPLES]
 
 
 def structure(model: nn.Module) -> Hashable:
     """What a model was looked at with: another value after its modules, hooks or attention options changed."""
-    modules = list(model.modules())
+    modules = modules_of(model)
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     kinds = frozenset((p.dtype, p.device) for p in parameters), tuple(map(id, parameters))
     configs = {id(own["config"]): own["config"] for own in map(vars, modules) if "config" in own}.values()
@@ -87,10 +111,9 @@ def _hooks(modules: Iterable[nn.Module]) -> Iterator[int]:
         yield from module._forward_pre_hooks
 
 
-def _adapters(model: nn.Module) -> Iterator[Hashable]:
+def _adapters(modules: Iterable[Any]) -> Iterator[Hashable]:
     """What PEFT layers do at the moment: which adapters are active, merged, scaled, or switched off."""
-    layers: Iterator[Any] = model.modules()
-    for module in layers:
+    for module in modules:
         if hasattr(module, "merged_adapters"):
             scaling = getattr(module, "scaling", None)
             scales = tuple(scaling.items()) if isinstance(scaling, dict) else ()

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import await_previous, dot, overlap
+from .common import admit_next, await_previous, dot, overlap
 from .heuristics import DecodeConfig, DecodePlanShape
 
 PLAN_FIELDS = 8  # row, start, stop, first work item of the row, work items of the row, sequence length, 2 spare
@@ -112,11 +112,11 @@ def _decode_kernel(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_MG: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, BLOCK_S: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One work item of one KV head: the GROUP query heads that share it against keys start..stop of one row."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    await_previous(PDL)
+    await_previous(PDL, EARLY)
     head = tl.program_id(0)
     entry = plan_ptr + tl.program_id(1) * 8
     row = tl.load(entry)
@@ -180,6 +180,7 @@ def _decode_kernel(
         l = l * alpha + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         m = m_new
+    admit_next(PDL, EARLY)
     safe = tl.where(l > 0, l, 1.0)
     acc = acc / safe[:, None]
     if SCALED:
@@ -276,6 +277,6 @@ def decode(
         GROUP=group, BLOCK_G=max(16, merge_group), BLOCK_MG=merge_group, DIM=dim,
         BLOCK_D=triton.next_power_of_2(max(dim, 16)), V_DIM=v_dim, BLOCK_V=block_v, PAGE=page, TILE=shape.tile,
         BLOCK_S=max(1, min(32, config.merge * 512 // (merge_group * block_v))),
-        SOFTCAP=softcap > 0, SINKS=sinks is not None, ALIBI=alibi_slopes is not None, SCALED=scaled,
+        SOFTCAP=softcap > 0, SINKS=sinks is not None, ALIBI=alibi_slopes is not None, SCALED=scaled, EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, **overlap(query.device),
     )  # fmt: skip

@@ -13,11 +13,15 @@ import torch
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges."""
+    """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges.
+
+    `early`: the next kernel may come in at once, not only when this program has read its keys.
+    """
 
     num_warps: int
     num_stages: int
     merge: int = 16
+    early: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ def decode_config(
     if q_itemsize == 4:
         return DecodeConfig(num_warps=4, num_stages=1 if wide > 128 else 2)
     _, warps, stages, merge, _ = _decode_row(rows, kv_heads, device)
-    return DecodeConfig(warps, min(stages, 3) if wide > 128 else stages, merge)
+    # The programs of a few rows share the multiprocessors with those of the next kernel, if these come in early.
+    early = rows <= 2 or rows * kv_heads >= 0.95 * sm_count(device)
+    return DecodeConfig(warps, min(stages, 3) if wide > 128 else stages, merge, early)
 
 
 @cache

@@ -1,11 +1,14 @@
-"""The kernels as torch custom ops with fake implementations, so that `torch.compile` and graph capture pass through.
+"""The kernels as torch custom ops with fake implementations, so that `torch.compile` and tracing pass through.
 
 All of them write into tensors that they are given and return nothing, so that one empty fake serves each. Arguments are
 expected to be checked: call them through `api`.
 """
 
+from functools import wraps
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import activation, cache, decode, norm, prefill, sampling
 from .heuristics import decode_config, decode_plan_shape, prefill_config
@@ -20,12 +23,25 @@ LIBRARY = "hf_paged_kernels"
 
 
 def _op(name: str, *mutates: str):
-    """Registers a function under `name`; `mutates` are the arguments it writes."""
+    """Registers a function under `name`; `mutates` are the arguments it writes.
+
+    Gives a function that calls the op where something looks on (a compiler, a dispatch mode, autograd), and else what
+    the op would run: torch's dispatch of an op written in Python takes the host longer than the launch.
+    """
 
     def register(function):
         op = torch.library.custom_op(f"{LIBRARY}::{name}", function, mutates_args=mutates)
         op.register_fake(lambda *args, **kwargs: None)
-        return op
+
+        @wraps(function)
+        def call(*args):
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+                op(*args)
+            else:
+                function(*args)
+
+        call.op = op
+        return call
 
     return register
 

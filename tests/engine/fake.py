@@ -114,7 +114,7 @@ class FakeModel:
     def fingerprint(self):
         return self.salt
 
-    def addresses(self):
+    def graph_key(self):
         return 0
 
     def forward(self, batch, plan):

@@ -15,6 +15,7 @@ import hf_paged
 import zoo
 from hf_paged.hf.fusion.forward import FusedForward
 from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain
+from hf_paged_sdpa.kernels import TorchKernels
 
 KWARGS = dict(max_new_tokens=12, do_sample=False)
 LENGTHS = (3, 9, 14, 20)
@@ -279,3 +280,16 @@ def test_only_plain_layers_are_merged():
     model = torch.nn.ModuleList([plain, hooked, tied, twin, parametrised])
     shared = holders(model)
     assert [is_plain(module, shared) for module in model] == [True, False, False, False, False]
+
+
+def test_the_last_layer_finishes_only_tokens_whose_logits_are_wanted(monkeypatch):
+    """Of the others it makes keys and values; of a chunk in the midst of a prompt, those alone."""
+    model = zoo.build("llama")
+    prompt = torch.tensor(zoo.prompts(1, (20,)))
+    rows, gated = [], TorchKernels.gated
+    with hf_paged.paged(model, max_num_batched_tokens=12, keep_pool=True, **FUSED):
+        wanted = hf_paged.hf.handle.patched(model).stock(prompt, **KWARGS)
+        model.generate(prompt.flip(1), **KWARGS)  # trials are over
+        monkeypatch.setattr(TorchKernels, "gated", lambda self, x, *args: rows.append(len(x)) or gated(self, x, *args))
+        assert torch.equal(model.generate(prompt, **KWARGS), wanted)
+    assert rows == [12, 8, 1, *[1, 1] * 11]

@@ -112,15 +112,15 @@ def test_custom_ops(kit):
     tests = ("test_schema", "test_faketensor")
     a = decode_arguments(kit)
     shape = (a["k_cache"].shape[2], 32, 32, 4)
-    check(ops.plan_decode, (a["seq_lens"], a["workspace"], 0, *shape), test_utils=tests)
+    check(ops.plan_decode.op, (a["seq_lens"], a["workspace"], 0, *shape), test_utils=tests)
     tensors = (a["query"], a["k_cache"], a["v_cache"], a["block_tables"])
     check(
-        ops.decode_attention, (*tensors, torch.empty_like(a["query"]), a["workspace"], 0.2, 0.0, *[None] * 4),
+        ops.decode_attention.op, (*tensors, torch.empty_like(a["query"]), a["workspace"], 0.2, 0.0, *[None] * 4),
         test_utils=tests,
     )  # fmt: skip
     starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     check(
-        ops.prefill_attention,
+        ops.prefill_attention.op,
         (*tensors[:3], torch.empty_like(a["query"]), starts, a["seq_lens"], tensors[3], 0.2, 0, 0.0, *[None] * 4),
         test_utils=tests,
     )
@@ -128,21 +128,21 @@ def test_custom_ops(kit):
     cos = torch.randn(2, 16, device=DEVICE)
     caches = (a["k_cache"].clone(), a["v_cache"].clone())
     check(
-        ops.write_cache,
+        ops.write_cache.op,
         (a["query"], key, key.clone(), *caches, slots, cos, cos.clone(), torch.empty_like(a["query"]), None, False)
         + (None, None),
         test_utils=tests,
     )
     bases = torch.tensor([c.data_ptr() for c in caches], device=DEVICE)
     nothing = torch.full((1, 2), -1, device=DEVICE)  # opcheck clones what is mutated: the addresses would be stale
-    check(ops.copy_blocks, (list(caches), bases, nothing), test_utils=tests)
+    check(ops.copy_blocks.op, (list(caches), bases, nothing), test_utils=tests)
     x = torch.randn(3, 1, 64, device=DEVICE)
-    check(ops.rms_norm, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False), test_utils=tests)
-    check(ops.gated_activation, (x[:, 0], x[:, 0].clone(), torch.empty_like(x[:, 0]), "silu"), test_utils=tests)
-    check(ops.argmax, (x[:, 0], torch.empty(3, dtype=torch.int64, device=DEVICE)), test_utils=tests)
+    check(ops.rms_norm.op, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False), test_utils=tests)
+    check(ops.gated_activation.op, (x[:, 0], x[:, 0].clone(), torch.empty_like(x[:, 0]), "silu"), test_utils=tests)
+    check(ops.argmax.op, (x[:, 0], torch.empty(3, dtype=torch.int64, device=DEVICE)), test_utils=tests)
     row = torch.ones(3, device=DEVICE)
     check(
-        ops.sample,
+        ops.sample.op,
         (x[:, 0], row.long(), row, row.long() * 2, row.long() * 3, row.int(), row * 0.5, row * 0.1),
         test_utils=tests,
     )

@@ -84,15 +84,19 @@ class LayerForward(FusedForward):
     Args:
         candidates: ways to compute the layer; a trial step picks the one that agrees.
         far: a position near the last one that the model has.
+        last: whether it is the model's last: of its output only the tokens are read whose logits are wanted.
 
     Attributes:
         rejected: why the layer runs as it is, once a trial has found no candidate that agrees; or None.
     """
 
-    def __init__(self, module: nn.Module, fusion: object, candidates: list[FusedLayer], far: int) -> None:
+    def __init__(
+        self, module: nn.Module, fusion: object, candidates: list[FusedLayer], far: int, *, last: bool
+    ) -> None:
         super().__init__(module, fusion)
         self.rejected: str | None = None
         self.trial = True
+        self.last = last
         self._agreed = False
         self._candidates = candidates
         self._far = far
@@ -118,7 +122,8 @@ class LayerForward(FusedForward):
                 self.rejected = "it gets no rotary embedding with its input"
             return self.original(*args, **kwargs)
         if not self.trial:
-            return self._candidates[0](step, hidden, *rotary)
+            rows = step.wanted if self.last and len(step.wanted) < hidden.shape[1] else None
+            return self._candidates[0](step, hidden, *rotary, rows)
         return self._try(step, hidden, rotary, *args, **kwargs)
 
     def _try(self, step: PagedStep, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...], *a: Any, **kw: Any) -> Any:

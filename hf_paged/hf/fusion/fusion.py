@@ -65,7 +65,7 @@ class Fusion:
             layer = parents.get(seen.module)
             candidates = self._candidates(layer, seen, index, shared) if layer is not None else []
             if layer is not None and candidates:
-                forward = LayerForward(layer, self, candidates, self._far)
+                forward = LayerForward(layer, self, candidates, self._far, last=seen is layers[-1])
                 self._layers.append(forward)
                 self._put(forward)
                 inside.update(layer.modules())
@@ -145,6 +145,8 @@ class Fusion:
         if served:
             gated = sum(forward.gated for forward in served)
             yield f"{len(served)} layers fused: merged products, norms, rotation with cache write; {gated} gated MLPs"
+        if any(forward.last for forward in served):
+            yield "the last layer's output computed only where logits are wanted"
         reasons = Counter(f.rejected for f in self._layers if f.rejected is not None)
         yield from (f"{count} layers run as they are: {reason}" for reason, count in reasons.items())
         if self._norms:

@@ -67,19 +67,33 @@ class FusedLayer:
     rotation: Rotation | None
     multiplier: float = 1.0
 
-    def __call__(self, step: PagedStep, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        step: PagedStep,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The layer's output, in place of its input.
 
         Args:
             hidden: [1, T, hidden size], the residual stream; written to.
             cos, sin: [1, T, rotated] as the model makes them.
+            rows: int64 [S], the tokens whose output is asked for; None: all. Of the others only keys and values are
+                made, and their part of the output is not the layer's.
         """
         total = hidden.view(-1, hidden.shape[-1])
-        self._attend(step, total, cos[0], sin[0])
-        self._feed_forward(total)
+        attended = self._attend(step, total, cos[0], sin[0])
+        if rows is None:
+            self._finish(total, attended)
+        elif len(rows):
+            own = total[rows]
+            self._finish(own, attended[rows])
+            total.index_copy_(0, rows, own)
         return hidden
 
-    def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         own = self.attention
         qkv = self.kernels.linear(total, own.qkv.weight, own.qkv.bias, self._norm(self.wiring.before_attention))
         query, key, value = qkv.split(own.sizes, dim=-1)
@@ -90,8 +104,11 @@ class FusedLayer:
         rotary = (
             None if turn is None else {"cos": turn.half(cos), "sin": turn.half(sin), "interleaved": turn.interleaved}
         )
-        attended = step.rotate_and_attend(own.index, query, key, value, rotary, own.options)
-        self._add(total, attended.flatten(1), own.out, self._norm(self.wiring.after_attention))
+        return step.rotate_and_attend(own.index, query, key, value, rotary, own.options).flatten(1)
+
+    def _finish(self, total: torch.Tensor, attended: torch.Tensor) -> None:
+        self._add(total, attended, self.attention.out, self._norm(self.wiring.after_attention))
+        self._feed_forward(total)
 
     def _feed_forward(self, total: torch.Tensor) -> None:
         before, after = self._norm(self.wiring.before_mlp), self._norm(self.wiring.after_mlp)
