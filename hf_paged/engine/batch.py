@@ -87,6 +87,25 @@ class BatchBuilder:
         return np.where(positions < 0, -1, slots)
 
 
+def idle_batch(tokens: int, num_groups: int, device: torch.device) -> Batch:
+    """One prompt of so many tokens that leaves nothing in the cache."""
+    slots = torch.full((tokens,), -1, device=device)
+    table = torch.zeros(1, WIDTH_STEP, dtype=torch.int32, device=device)
+    return Batch(
+        rows=(),
+        input_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(tokens, dtype=torch.int64, device=device),
+        query_start_loc=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
+        slot_mapping=[slots] * num_groups,
+        block_tables=[table] * num_groups,
+        logits_indices=torch.tensor([tokens - 1], device=device),
+        row_starts=[0, tokens],
+        num_decode=0,
+        fresh_from=0,
+    )
+
+
 class _Padded:
     """A step's rows with those that its layout adds, which are None.
 

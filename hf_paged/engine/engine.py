@@ -267,7 +267,7 @@ class Engine:
         with on_device(self.model.spec.device):
             self.refresh()
             self.pool.provide([])
-            self._runner.warm_up(self.pool.cache)
+            self._runner.warm_up(self.pool.cache, self.scheduler.max_num_batched_tokens)
 
     def _release(self) -> None:
         self._flight = None

@@ -30,9 +30,9 @@ DECODE_STEP = 32
 MIXED_DECODE = (0, 16, 64, 128)
 MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 MIXED_PROMPTS = 16
-# Beside more decode rows than MANY_ROWS prompts go a little in each step, unless BACKLOG tokens of them wait. On an H100
-# steps of 512 tokens, where products cease to wait for the weights, cost least for each token; and decode rows aren't
-# held up by long steps.
+# Beside more decode rows than MANY_ROWS prompts go a little in each step, unless BACKLOG tokens of them wait: on an
+# H100 steps of 512 tokens, where products cease to wait for the weights, cost least for each token; and decode rows
+# aren't held up by long steps.
 MANY_ROWS = 128
 BACKLOG = 4096
 TILE = 256  # tokens; the products' tiles

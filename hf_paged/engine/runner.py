@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine.batch import wants_prompt_logprobs
+from hf_paged.engine.batch import idle_batch, wants_prompt_logprobs
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.graphs import Graphs
 from hf_paged.protocols import AttentionBackend, PagedModel
@@ -55,11 +55,14 @@ class Runner:
                 return self._graphs.forward(batch, batch.layout, cache)
             return self._model.forward(batch, self._backend.plan(batch, cache))
 
-    def warm_up(self, cache: PagedKVCache) -> None:
-        """Capture every graph now, instead of when it is first of use."""
-        if self._graphs is not None:
-            with torch.no_grad():
+    def warm_up(self, cache: PagedKVCache, tokens: int) -> None:
+        """Capture every graph now, instead of when it is first of use, and launch a step of `tokens` tokens."""
+        with torch.no_grad():
+            if self._graphs is not None:
                 self._graphs.capture_all(cache)
+            if self._model.spec.device.type != "cpu":  # what a first step of this size allocates and loads, it finds
+                batch = idle_batch(tokens, len(self._model.spec.windows), self._model.spec.device)
+                self._model.forward(batch, self._backend.plan(batch, cache))
 
     def forget_graphs(self) -> None:
         """Drop what was captured: the model's tensors have moved, or the cache's memory is given back."""

@@ -26,6 +26,7 @@ from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, Reques
 
 logger = logging.getLogger(__name__)
 
+REHEARSED = (1, 16)  # tokens: those of the trials and of the first answers, to the kernels
 FAR = 4096  # where a model doesn't say how far its positions reach
 
 
@@ -132,6 +133,7 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
         far = max((flat.max_positions or FAR) - 1, 0)
         flat.fusion = acquire(model, flat.layers, kernels, structure(model), far)
         if flat.fusion.in_trial:
+            flat.fusion.rehearse(*REHEARSED)
             try_fusion(model, flat, backend, config.block_size)
             flat.fusion.end_trial()
     except Exception as error:

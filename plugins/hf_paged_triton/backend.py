@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from hf_paged.protocols import KVCache, LayerPlan
-from hf_paged.types import Batch
+from hf_paged.types import Batch, CacheSpec
+from hf_paged_triton import compiling
 from hf_paged_triton.kernels import TritonKernels, TritonSampling
 from hf_paged_triton.plan import TritonPlan
 
 
 class TritonBackend:
-    """See the package."""
+    """See the package.
+
+    Args:
+        spec, block_size: of the cache that it will serve; on a GPU its kernels begin to compile at once.
+    """
 
     prefer_runs = False
     captures = True
     kernels = TritonKernels()
     sampling = TritonSampling()
+
+    def __init__(self, spec: CacheSpec | None = None, block_size: int = 16) -> None:
+        self._compiling = compiling.start(spec, block_size) if spec and spec.device.type == "cuda" else []
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Blocks first, then tokens: a token's heads lie side by side, as the cache write and the copy engine want."""
@@ -22,4 +30,6 @@ class TritonBackend:
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
         """See `AttentionBackend.plan`."""
+        while self._compiling:
+            self._compiling.pop().join()
         return TritonPlan(batch, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,18 +95,40 @@ class TritonPlan:
             "softcap": softcap or 0.0,
             "sinks": sinks,
         }
+        # Beside decode rows, which wait for memory, prompts of a few tokens cost next to nothing.
+        side = _side_stream(query.device) if self._decode and (self._paged or self._fresh) else None
+        with torch.cuda.stream(side):
+            if rows := self._paged:
+                own, starts = rows.tokens, rows.query_start_loc
+                lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
+                kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
+            if rows := self._fresh:
+                own, starts = rows.tokens, rows.query_start_loc
+                kernels.prefill_attention(query[own], key[own], value[own], starts, out=out[own], **options)
         if rows := self._decode:
             own, tables, workspace = rows.tokens, rows.block_tables[group], self._workspaces[spec]
             given = (query[own], keys, values, tables, rows.seq_lens, workspace)
             kernels.decode_attention(*given, out=out[own], planned=True, **options)
-        if rows := self._paged:
-            own, starts = rows.tokens, rows.query_start_loc
-            lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
-            kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
-        if rows := self._fresh:
-            own, starts = rows.tokens, rows.query_start_loc
-            kernels.prefill_attention(query[own], key[own], value[own], starts, out=out[own], **options)
+        if side is not None:
+            torch.cuda.current_stream(query.device).wait_stream(side)
         return out
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for what may run beside the current one's next launch, where a graph is captured.
+
+    Launched eagerly, the events that tie the two together would take the host longer than the overlap wins.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return None
+    side = _stream_of(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    return side
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 from engine.fake import FakeBackend, FakeModel, make_request
 
 from hf_paged.config import PagedConfig
-from hf_paged.engine.graphs import MIXED_PROMPTS, MIXED_TOKENS, PATIENCE, Graphs, decode_sizes
+from hf_paged.engine.graphs import BACKLOG, MANY_ROWS, MIXED_PROMPTS, MIXED_TOKENS, PATIENCE, Graphs, decode_sizes
 from hf_paged.types import Layout, Scheduled, Step
 
 
@@ -34,7 +34,7 @@ def test_the_smallest_layout_that_holds_a_step():
     assert own.layout(step(9)) == Layout(16, 16, 0)
     assert own.layout(step(256)) == Layout(256, 256, 0)
     assert own.layout(step(0, [5])) == Layout(0, 64, MIXED_PROMPTS)
-    assert own.layout(step(3, [60, 70])) == Layout(16, 16 + 192, MIXED_PROMPTS)
+    assert own.layout(step(3, [60, 70])) == Layout(16, 16 + 256, MIXED_PROMPTS)
     assert own.layout(step(129, [2048])) == Layout(256, 256 + 2048, MIXED_PROMPTS)
 
 
@@ -43,6 +43,17 @@ def test_steps_that_no_graph_serves():
     assert own.layout(step(9)) is None
     assert own.layout(step(1, [MIXED_TOKENS[-1] + 1])) is None
     assert own.layout(step(1, [2] * (MIXED_PROMPTS + 1))) is None
+
+
+def test_beside_many_decode_rows_prompts_go_a_tile_in_each_step():
+    own = graphs(max_num_seqs=256)
+    for rows in (129, 200, 256):
+        assert own.prompt_tokens(rows, 700) == 256
+        assert own.layout(step(rows, [256])).tokens == 512
+    assert own.prompt_tokens(256, BACKLOG) == BACKLOG  # too many wait
+    assert own.prompt_tokens(MANY_ROWS, 700) == 700
+    assert own.prompt_tokens(257, 700) == 700  # no graph serves so many rows
+    assert graphs(max_num_seqs=400).prompt_tokens(300, 700) == 352  # 416 decode rows have a graph
 
 
 def test_where_the_pool_is_given_back_graphs_have_to_be_wanted_often():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,6 +101,10 @@ class LayerForward(FusedForward):
         self._agreed = False
         self._candidates = candidates
         self._far = far
+
+    def products(self, tokens: int) -> Iterable[Callable[[], object]]:
+        """See `FusedLayer.products`."""
+        return self._candidates[0].products(tokens)
 
     def end_trial(self) -> None:
         """From now on the candidate that agreed serves; without one the layer runs as it is."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -128,6 +129,19 @@ class Fusion:
                 merged.bind()
 
     # ------------------------------------------------------------------------------------------------------------ trial
+
+    def rehearse(self, *tokens: int) -> None:
+        """Make a layer's products of so many tokens at once, so that a GPU's kernels are compiled side by side."""
+        calls = [call for forward in self._layers[:1] for count in tokens for call in forward.products(count)]
+        if not calls or self._device.type != "cuda":
+            return
+
+        def make(call: Callable[[], object]) -> None:
+            with torch.no_grad(), torch.cuda.device(self._device):
+                call()
+
+        with ThreadPoolExecutor(len(calls)) as pool:
+            list(pool.map(make, calls))
 
     def end_trial(self) -> None:
         """From now on the fused forwards serve; layers that a trial step has not seen agree run as they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -92,6 +92,22 @@ class FusedLayer:
             self._finish(own, attended[rows])
             total.index_copy_(0, rows, own)
         return hidden
+
+    def products(self, tokens: int) -> Iterator[Callable[[], object]]:
+        """Calls that make each product of the layer, over zeros."""
+        attention = self.attention
+
+        def zeros(columns: int) -> torch.Tensor:
+            return attention.qkv.weight.new_zeros(tokens, columns)
+
+        total, after = zeros(attention.qkv.weight.shape[1]), self._norm(self.wiring.after_attention)
+        before = self._norm(self.wiring.before_attention)
+        yield lambda: self.kernels.linear(total, attention.qkv.weight, attention.qkv.bias, before)
+        yield lambda: self._add(zeros(total.shape[1]), zeros(attention.out.in_features), attention.out, after)
+        if isinstance(self.mlp, GatedMLP):
+            mlp, before, after = self.mlp, self._norm(self.wiring.before_mlp), self._norm(self.wiring.after_mlp)
+            yield lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before)
+            yield lambda: self._add(zeros(total.shape[1]), zeros(mlp.down.in_features), mlp.down, after)
 
     def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         own = self.attention

@@ -1,0 +1,72 @@
+"""Compiling the attention kernels side by side, in the background, while the model is being looked at.
+
+Triton compiles a kernel when it is first launched, one after the other, seconds each. Here every kind of launch that a
+cache's layers may need is made once, over nothing, each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+import hf_paged_kernels as kernels
+from hf_paged.types import CacheSpec, LayerSpec
+
+logger = logging.getLogger(__name__)
+
+TOKENS = 32
+
+
+def start(spec: CacheSpec, block_size: int) -> list[threading.Thread]:
+    """Begin to compile; join the threads before the first launch that counts."""
+    jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in (_decode, _paged, _fresh)]
+    threads = [threading.Thread(target=_run, args=(*job, spec, block_size), daemon=True) for job in jobs]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _run(kind: Callable[[LayerSpec, _Zeros], object], layer: LayerSpec, spec: CacheSpec, block_size: int) -> None:
+    try:
+        with torch.no_grad(), torch.cuda.device(spec.device):
+            kind(layer, _Zeros(layer, spec, block_size))
+    except Exception:  # the step that needs this kernel says so, to somebody
+        logger.debug("a kernel was not compiled ahead", exc_info=True)
+
+
+class _Zeros:
+    """Arguments of a row of TOKENS tokens."""
+
+    def __init__(self, layer: LayerSpec, spec: CacheSpec, block_size: int) -> None:
+        def make(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+
+        def numbers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=spec.device)
+
+        heads, dim, value_dim = layer.num_kv_heads, layer.head_dim, layer.value_head_dim
+        self.query = make(TOKENS, layer.num_heads, dim)
+        self.key, self.value = make(TOKENS, heads, dim), make(TOKENS, heads, value_dim)
+        self.keys, self.values = make(TOKENS, block_size, heads, dim), make(TOKENS, block_size, heads, value_dim)
+        self.tables = torch.zeros(1, 16, dtype=torch.int32, device=spec.device)
+        self.starts, self.lengths = numbers(0, TOKENS), numbers(TOKENS)
+
+
+def _decode(layer: LayerSpec, x: _Zeros) -> None:
+    size = kernels.decode_workspace_bytes(1, layer.num_heads, x.keys, x.values)
+    workspace = torch.zeros(size, dtype=torch.uint8, device=x.keys.device)
+    kernels.decode_attention(
+        x.query[:1], x.keys, x.values, x.tables, x.lengths, workspace, scale=1.0, window=layer.window or 0
+    )
+
+
+def _paged(layer: LayerSpec, x: _Zeros) -> None:
+    cached = {"seq_lens": x.lengths, "block_tables": x.tables}
+    kernels.prefill_attention(x.query, x.keys, x.values, x.starts, scale=1.0, window=layer.window or 0, **cached)
+
+
+def _fresh(layer: LayerSpec, x: _Zeros) -> None:
+    kernels.prefill_attention(x.query, x.key, x.value, x.starts, scale=1.0, window=layer.window or 0)
