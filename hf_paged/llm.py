@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
@@ -108,6 +109,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts. Every prompt is checked before the first is begun.
 
+        Those that may have the longest outputs are begun first: the call ends with its last request, and a long one
+        that is begun late leaves the GPU to itself.
+
         Args:
             prompts: texts, lists of token ids, or dicts with "prompt" or "prompt_token_ids"; one or many.
             sampling_params: one for all prompts or one for each; None: what the model's generation config says.
@@ -140,7 +144,7 @@ class LLM:
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}") from error
         with _Progress(groups, use_tqdm):
-            driver.run([one.request for group in groups for one in group])
+            driver.run(sorted((one.request for group in groups for one in group), key=_longest_first))
         texts = [item if isinstance(item, str) else _text_of(item) for item in items]
         return [_output(text, group, self.tokenizer) for text, group in zip(texts, groups, strict=True)]
 
@@ -378,6 +382,10 @@ def _with_text(entries: Any, tokenizer: Any) -> Any:
     return [
         entry and {i: Logprob(x.logprob, x.rank, tokenizer.decode([i])) for i, x in entry.items()} for entry in entries
     ]
+
+
+def _longest_first(request: Request) -> float:
+    return -(request.params.max_tokens or math.inf)
 
 
 def _is_share(value: object) -> bool:

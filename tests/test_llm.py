@@ -112,6 +112,16 @@ def test_order_of_outputs(llm: LLM) -> None:
     assert len({output.request_id for output in outputs}) == 24
 
 
+def test_the_longest_outputs_are_begun_first(model: PreTrainedModel) -> None:
+    prompts = zoo.prompts(3, (5, 6, 7, 8))
+    params = [GREEDY.replace(max_tokens=n) for n in (3, 9, 3, 20)]
+    with LLM(model, skip_tokenizer_init=True, max_num_seqs=1, block_size=4) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    begun = sorted(range(4), key=lambda i: outputs[i].metrics.first_scheduled_time)
+    assert begun == [3, 1, 0, 2]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 9, 3, 20]
+
+
 def test_priority(model: PreTrainedModel) -> None:
     finished: list[int] = []
 

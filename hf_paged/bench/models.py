@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_paged.errors import ConfigError
-from hf_paged.hf.load import load_model, load_tokenizer
+from hf_paged.hf.load import load_model, load_tokenizer, random_model
 
 LLAMA_8B = "random weights in Llama-3.1-8B's shape"
 
@@ -81,11 +81,4 @@ def llama_8b_shape(device: torch.device) -> Any:
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    return random_model(config, device)

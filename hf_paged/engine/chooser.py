@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from hf_paged.engine.flight import ChosenTokens, Flight
+from hf_paged.engine.graphs import decode_sizes
 from hf_paged.engine.sampler import BatchSampler, needs_history
-from hf_paged.protocols import LogitsProcessor, TokenSampler
+from hf_paged.protocols import LogitsProcessor, PagedModel, TokenSampler
 from hf_paged.types import Batch, Request, Sampled
 
 Choice = tuple[list[Request], torch.Tensor, "Sampled | Exception"]
@@ -51,6 +52,13 @@ class Chooser:
             flight.places = {request: place for place, request in enumerate(requests)}
         if len(ours) < (len(logits) if batch.layout is None else len(flight.sampling)):
             flight.logits = logits.clone() if self._ahead else logits
+
+    def warm_up(self, model: PagedModel, rows: int) -> None:
+        """Choose once from each number of rows that graphs are captured for."""
+        if self._ahead:
+            sizes = decode_sizes(rows)
+            logits = torch.zeros(sizes[-1], model.num_logits, dtype=model.spec.dtype, device=model.spec.device)
+            self._sampler.rehearse(logits, sizes)
 
     def land(self, flight: Flight) -> Iterator[Choice]:
         """What the other rows' samplers choose, each for its own requests in one go: (requests, logits, choice).

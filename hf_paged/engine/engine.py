@@ -268,6 +268,7 @@ class Engine:
             self.refresh()
             self.pool.provide([])
             self._runner.warm_up(self.pool.cache, self.scheduler.max_num_batched_tokens)
+            self._chooser.warm_up(self.model, self.config.max_num_seqs)
 
     def _release(self) -> None:
         self._flight = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,22 @@ class BatchSampler:
         if all(request.params.greedy for request in requests):
             return self._argmax(logits)
         return self._draw_on_device(requests, logits) if self._kernels else self._draw(requests, logits)
+
+    def rehearse(self, logits: torch.Tensor, sizes: Iterable[int]) -> None:
+        """Choose from so many rows of the logits, [rows, vocabulary], that nothing is compiled or loaded later."""
+        if self._kernels is None:
+            return
+        most = len(logits)
+        reals, numbers = (
+            torch.ones(most, device=logits.device),
+            torch.ones(most, dtype=torch.int64, device=logits.device),
+        )
+        for size in sizes:
+            rows, real, number = logits[:size], reals[:size], numbers[:size]
+            drawn: dict[str, Any] = {"temperature": real, "seeds": number, "positions": number, "min_p": None}
+            self._kernels.argmax(rows)
+            self._kernels.sample(rows, **drawn, top_k=None, top_p=None)
+            self._kernels.sample(rows, **drawn, top_k=number.int(), top_p=real)
 
     def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self._kernels.argmax(logits) if self._kernels else logits.argmax(-1)

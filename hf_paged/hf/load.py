@@ -23,6 +23,17 @@ def load_model(
     return model.eval()
 
 
+def random_model(config: Any, device: torch.device, dtype: Any = "auto") -> PreTrainedModel:
+    """A causal language model of a config's shape with the random weights that it begins a training with.
+
+    It is made on the device: on a CPU the drawing of an 8B model's weights takes minutes.
+    """
+    wanted = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+
+
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

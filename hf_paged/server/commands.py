@@ -11,7 +11,7 @@ from typing import Any
 from hf_paged.arguments import DTYPES, add_options, at_least_one, paged_options
 from hf_paged.config import PagedConfig
 from hf_paged.errors import ConfigError
-from hf_paged.server.config import LOG_LEVELS, LOOPBACK, TOOL_PARSERS, ServerConfig
+from hf_paged.server.config import LOAD_FORMATS, LOG_LEVELS, LOOPBACK, TOOL_PARSERS, ServerConfig
 
 KEY_VARIABLE = "HF_PAGED_API_KEY"
 _EXTRA = "needs the server's packages: pip install 'hf-paged[server]'"
@@ -57,6 +57,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="of the model on the hub")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings")
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU for each replica, or else the CPU)")
+    group.add_argument(
+        "--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights, to measure without loading"
+    )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     group.add_argument("--chat-template", metavar="FILE", help="a template or its file (default: the tokenizer's)")
     group.add_argument("--trust-request-chat-template", action="store_true", help="let calls bring their own template")

@@ -19,6 +19,7 @@ class ServerConfig:
         model: name or directory.
         served_model_names: what clients call it; the model's own name if empty.
         tokenizer, revision, trust_remote_code, dtype, device: for loading it.
+        load_format: "auto", or "dummy" for random weights in the shape that its config gives.
         chat_template: a template, or the path of a file with one; None: the tokenizer's.
         trust_request_chat_template: let calls bring a template of their own.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together.
@@ -50,6 +51,7 @@ class ServerConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
+    load_format: str = "auto"
     device: str | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False
@@ -94,6 +96,8 @@ class ServerConfig:
             raise ConfigError("TLS needs both ssl_keyfile and ssl_certfile; one is missing")
         if any(not key for key in self.api_keys):
             raise ConfigError("an API key is empty; leave it out")
+        known = ", ".join(LOAD_FORMATS)
+        _require("load_format", self.load_format, self.load_format in LOAD_FORMATS, f"one of {known}")
         _require("tool_parser", self.tool_parser, self.tool_parser in TOOL_PARSERS, f"one of {', '.join(TOOL_PARSERS)}")
 
     @property
@@ -103,6 +107,7 @@ class ServerConfig:
 
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOAD_FORMATS = ("auto", "dummy")
 TOOL_PARSERS = ("auto", "hermes", "json", "none")
 
 

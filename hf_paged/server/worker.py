@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import torch
 import zmq
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from hf_paged import plugins
 from hf_paged.bench import models
 from hf_paged.errors import HFPagedError
-from hf_paged.hf.load import load_model, load_tokenizer
+from hf_paged.hf.load import load_model, load_tokenizer, random_model
 from hf_paged.hf.params import end_ids
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
@@ -151,14 +151,17 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
 def _load(orders: Orders) -> Any:
     config = orders.config
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if config.device not in (None, "cuda"):
-        device = models.pick_device(config.device)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
-        return model.to(device).eval()
-    if models.pick_device(config.device).type == "cuda":
-        torch.cuda.set_device(orders.replica % torch.cuda.device_count())
+    device = models.pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(orders.replica % torch.cuda.device_count() if device.index is None else device)
+        device = torch.device("cuda", torch.cuda.current_device())
     elif orders.replicas > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // orders.replicas))
+    if config.load_format == "dummy":
+        return random_model(AutoConfig.from_pretrained(config.model, **options), device, config.dtype)
+    if config.device not in (None, "cuda"):
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
+        return model.to(device).eval()
     return load_model(config.model, dtype=config.dtype, **options)
 
 

@@ -4,8 +4,6 @@ All of them write into tensors that they are given and return nothing, so that o
 expected to be checked: call them through `api`.
 """
 
-from functools import wraps
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -22,28 +20,28 @@ except ImportError:  # a Triton without Gluon, or with another one: the portable
 LIBRARY = "hf_paged_kernels"
 
 
-def _op(name: str, *mutates: str):
-    """Registers a function under `name`; `mutates` are the arguments it writes.
+class _Op:
+    """A kernel as a custom op, called as such where something looks on: a compiler, a dispatch mode, autograd.
 
-    Gives a function that calls the op where something looks on (a compiler, a dispatch mode, autograd), and else what
-    the op would run: torch's dispatch of an op written in Python takes the host longer than the launch.
+    Elsewhere the function is called that the op would run, for torch's dispatch of an op written in Python takes the
+    host longer than the launch.
     """
 
-    def register(function):
-        op = torch.library.custom_op(f"{LIBRARY}::{name}", function, mutates_args=mutates)
-        op.register_fake(lambda *args, **kwargs: None)
+    def __init__(self, name: str, function, mutates: tuple[str, ...]) -> None:
+        self.op = torch.library.custom_op(f"{LIBRARY}::{name}", function, mutates_args=mutates)
+        self.op.register_fake(lambda *args, **kwargs: None)
+        self._function = function
 
-        @wraps(function)
-        def call(*args):
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
-                op(*args)
-            else:
-                function(*args)
+    def __call__(self, *args) -> None:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+            self.op(*args)
+        else:
+            self._function(*args)
 
-        call.op = op
-        return call
 
-    return register
+def _op(name: str, *mutates: str):
+    """Registers a function under `name`; `mutates` are the arguments it writes."""
+    return lambda function: _Op(name, function, mutates)
 
 
 def _shape(kv_heads: int, head_dim: int, v_dim: int, itemsize: int, rows: int, device: torch.device):

@@ -64,8 +64,16 @@ def _decode(layer: LayerSpec, x: _Zeros) -> None:
 
 
 def _paged(layer: LayerSpec, x: _Zeros) -> None:
-    cached = {"seq_lens": x.lengths, "block_tables": x.tables}
-    kernels.prefill_attention(x.query, x.keys, x.values, x.starts, scale=1.0, window=layer.window or 0, **cached)
+    kernels.prefill_attention(
+        x.query,
+        x.keys,
+        x.values,
+        x.starts,
+        scale=1.0,
+        seq_lens=x.lengths,
+        block_tables=x.tables,
+        window=layer.window or 0,
+    )
 
 
 def _fresh(layer: LayerSpec, x: _Zeros) -> None:

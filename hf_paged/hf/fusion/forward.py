@@ -127,8 +127,9 @@ class LayerForward(FusedForward):
                 self.rejected = "it gets no rotary embedding with its input"
             return self.original(*args, **kwargs)
         if not self.trial:
+            cos, sin = rotary
             rows = step.wanted if self.last and len(step.wanted) < hidden.shape[1] else None
-            return self._candidates[0](step, hidden, *rotary, rows)
+            return self._candidates[0](step, hidden, cos, sin, rows)
         return self._try(step, hidden, rotary, *args, **kwargs)
 
     def _try(self, step: PagedStep, hidden: torch.Tensor, rotary: tuple[torch.Tensor, ...], *a: Any, **kw: Any) -> Any:
