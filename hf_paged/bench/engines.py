@@ -66,6 +66,32 @@ def hf_paged_engine(model: Any, options: Options) -> Iterator[Serve]:
 
 
 @contextmanager
+def patched_engine(model: Any, options: Options) -> Iterator[Serve]:
+    """`model.generate()` of the patched model: a call for all requests of the same output length."""
+    from hf_paged import paged
+    from hf_paged.hf.handle import patched
+
+    with paged(model, **{"keep_pool": True, "on_unsupported": "error", **options.paged}):
+        handle = patched(model)
+        assert handle is not None
+
+        def serve(items: Sequence[Item]) -> Run:
+            by_length: dict[int, list[int]] = {}
+            for index, item in enumerate(items):
+                by_length.setdefault(item.max_tokens, []).append(index)
+            before = handle.stats
+            outputs: dict[int, list[int]] = {}
+            seconds = 0.0
+            for members in by_length.values():
+                run = static.run(model, [items[index] for index in members], len(members), pad=0)
+                outputs.update(zip(members, run.outputs, strict=True))
+                seconds += run.seconds
+            return Run(seconds, [outputs[index] for index in range(len(items))], between(before, handle.stats))
+
+        yield serve
+
+
+@contextmanager
 def generate_engine(model: Any, options: Options) -> Iterator[Serve]:
     """Stock `generate()` over static batches."""
     # Any id will do where a mask says that it is padding.
@@ -125,6 +151,7 @@ def _batched_kv(manager: Any, items: Sequence[Item]) -> KVUse:
 
 ENGINES: dict[str, Callable[[Any, Options], AbstractContextManager[Serve]]] = {
     "hf_paged": hf_paged_engine,
+    "patched": patched_engine,
     "generate": generate_engine,
     "generate_batch": generate_batch_engine,
 }

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options, parse_options
-from hf_paged.bench import engines, models, report, workloads
+from hf_paged.bench import engines, models, profile, report, workloads
 from hf_paged.bench.run import Run
 from hf_paged.demo import smollm2
 from hf_paged.errors import ConfigError
@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME=VALUE",
         help="an option of Transformers' ContinuousBatchingConfig; may be given several times",
     )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="run hf_paged once more, write a trace of some steps there (for Perfetto), and tell how busy the GPU was",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
     parser.set_defaults(run=run)
 
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         f"{workload.output_tokens:,} tokens asked for; {args.repeats} runs of {', '.join(names)}, in turn"
     )
     runs = compare(model, workload.items, names, args.repeats, limits, options, console)
-    summary = {
+    summary: dict[str, Any] = {
         "benchmark": "throughput",
         "workload": workload.name,
         "requests": len(workload.items),
@@ -82,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         "environment": report.environment(model, name),
     }
     report.show(summary, Console())
+    if args.profile:
+        summary["profile"] = profile.run(model, workload.items, options.paged, args.profile)
+        profile.show(summary["profile"], Console())
     line = json.dumps(summary)
     if args.json:
         args.json.write_text(line + "\n")

@@ -9,9 +9,10 @@ import torch
 
 import zoo
 from hf_paged import cli
-from hf_paged.bench import engines, kv, report, static, throughput
+from hf_paged.bench import engines, kv, profile, report, static, throughput
 from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
+from hf_paged.engine.flight import ChosenTokens
 
 ITEMS = [Item(list(range(3, 3 + length)), tokens) for length, tokens in [(5, 9), (26, 4), (17, 12), (40, 1), (9, 20)]]
 
@@ -99,3 +100,15 @@ def test_the_last_line_is_json(model, tmp_path, capsys):
     assert len(found["engines"]["hf_paged"]["tokens_per_second"]) == 2
     assert found["environment"]["model"] == str(folder)
     assert found["environment"]["torch"] == torch.__version__
+
+
+def test_a_profile_of_some_steps(model, tmp_path):
+    items = [Item(list(range(3, 9)), 40), Item(list(range(9, 20)), 50)]
+    found = profile.run(model, items, {}, tmp_path / "trace.json")
+    assert found["steps"] == 50 - profile.FIRST  # the run was over before the window was
+    assert found["gpu_busy"] is None
+    assert found["wall_ms"] == pytest.approx(sum(found["host_ms"].values()), rel=1e-2)
+    assert found["host_ms"]["launch the forward"] > found["host_ms"]["schedule"] > 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::linear" for event in events)
+    assert "wait" in vars(ChosenTokens)  # put back

@@ -1,0 +1,174 @@
+"""Where a run's time goes: a trace of some of its steps, how busy the GPU was in them, and the host's time by part."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from hf_paged.bench.workloads import Item
+from hf_paged.engine.engine import Engine
+from hf_paged.engine.flight import ChosenTokens
+
+# A trace of all steps of a long run would fill the memory. The first are prompts alone.
+FIRST, COUNT = 32, 64
+
+
+def run(model: Any, items: Sequence[Item], paged: Mapping[str, Any], trace: Path) -> dict[str, Any]:
+    """One more run of hf_paged, of which the steps FIRST to FIRST + COUNT are looked at.
+
+    Returns:
+        steps: how many were seen. wall_ms: milliseconds a step. gpu_busy: the share of that time in which the GPU ran
+        a kernel or a copy, or None without one. host_ms: milliseconds a step by part.
+    """
+    from hf_paged import LLM, SamplingParams
+
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=item.max_tokens, ignore_eos=True, detokenize=False) for item in items
+    ]
+    with LLM(model, skip_tokenizer_init=True, **paged) as llm:
+        llm.warm_up()
+        with Profiled(llm.engine()[0].engine) as seen:
+            llm.generate([item.prompt_token_ids for item in items], params, use_tqdm=False)
+    seen.write(trace)
+    return seen.summary()
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """The table."""
+    busy = summary["gpu_busy"]
+    title = f"{summary['steps']} steps of {summary['wall_ms']:.2f} ms"
+    table = Table(title=title if busy is None else f"{title}, GPU busy {busy:.1%}")
+    table.add_column("part of the host's time")
+    table.add_column("ms a step", justify="right")
+    for part, spent in summary["host_ms"].items():
+        table.add_row(part, f"{spent:.3f}")
+    console.print(table)
+
+
+class Profiled:
+    """Looks at some steps of an engine, from within `with`."""
+
+    def __init__(self, engine: Engine, first: int = FIRST, count: int = COUNT) -> None:
+        self._engine = engine
+        self._window = range(first, first + count)
+        self._at = 0
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._wall = 0.0
+        self._began: float | None = None
+        self._profiler: profile | None = None
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Profiled:
+        engine = self._engine
+        step = engine.step
+
+        def watched() -> Any:
+            self._turn()
+            began = time.perf_counter()
+            try:
+                return step()
+            finally:
+                self._spend("step", time.perf_counter() - began)
+
+        self._undo.enter_context(_replaced(engine, "step", watched))
+        for part, owner, name in (
+            ("schedule", engine.scheduler, "schedule"),
+            ("build the batch", engine._builder, "build"),
+            ("launch the forward", engine._runner, "forward"),
+            ("launch the choice of tokens", engine._chooser, "launch"),
+            ("wait for the device", ChosenTokens, "wait"),
+            ("land", engine, "_land"),
+        ):
+            self._undo.enter_context(_replaced(owner, name, self._timed(part, getattr(owner, name))))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+        self._undo.close()
+
+    def write(self, trace: Path) -> None:
+        """Write what was seen in Chrome's trace format; nothing, if the run was over before."""
+        if self._profiler is not None:
+            self._profiler.export_chrome_trace(str(trace))
+
+    def summary(self) -> dict[str, Any]:
+        """See `run`."""
+        spent = dict(self._spent)
+        spent["land"] = spent.get("land", 0.0) - spent.get("wait for the device", 0.0)
+        step = spent.pop("step", 0.0)
+        spent["the rest of the step"] = step - sum(spent.values())
+        spent["between steps"] = self._wall - step
+        each = {part: round(1000 * value / max(1, self._steps), 4) for part, value in spent.items()}
+        busy = None if self._profiler is None else _busy(self._profiler)
+        return {
+            "steps": self._steps,
+            "wall_ms": round(1000 * self._wall / max(1, self._steps), 4),
+            "gpu_busy": busy and round(busy, 4),
+            "host_ms": each,
+        }
+
+    def _turn(self) -> None:
+        """A step begins."""
+        if self._at == self._window.start:
+            activities = [ProfilerActivity.CPU]
+            activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self._profiler = profile(activities=activities)
+            self._profiler.start()
+            self._began = time.perf_counter()
+        if self._at == self._window.stop:
+            self._stop()
+        self._at += 1
+        self._steps += self._began is not None
+
+    def _stop(self) -> None:
+        if self._began is not None and self._profiler is not None:
+            self._wall, self._began = time.perf_counter() - self._began, None
+            self._profiler.stop()
+
+    def _spend(self, part: str, seconds: float) -> None:
+        if self._began is not None:
+            self._spent[part] += seconds
+
+    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._spend(part, time.perf_counter() - began)
+
+        return timed
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+def _busy(profiler: profile) -> float | None:
+    """The share of the time between the first and the last of the GPU's work in which there was some."""
+    found = [e.time_range for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
+    if not found:
+        return None
+    found.sort(key=lambda span: span.start)
+    busy, end = 0.0, found[0].start
+    for span in found:
+        busy += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return busy / (end - found[0].start)
