@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hf_paged.bench.workloads import Item
@@ -163,7 +162,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _busy(profiler: profile) -> float | None:
     """The share of the time between the first and the last of the GPU's work in which there was some."""
-    found = [e.time_range for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
+    found = [e.time_range for e in profiler.events() or () if e.device_type.name == "CUDA"]
     if not found:
         return None
     found.sort(key=lambda span: span.start)
