@@ -222,6 +222,10 @@ class Kernels(Protocol):
     A norm is (weight [n], eps, whether the weight counts as 1 + weight).
     """
 
+    def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
+        """Whether a product of so many rows with that weight is made by a kernel that is compiled at its first use."""
+        ...
+
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """RMSNorm over the last dimension of [rows, n], or of [rows, heads, n] with any row stride."""
         ...

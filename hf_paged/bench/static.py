@@ -46,16 +46,8 @@ def run(
         batch = items[first : first + batch_size]
         inputs = left_pad([item.prompt_token_ids for item in batch], pad, model.device)
         width = inputs["input_ids"].shape[1]
-        result = model.generate(
-            **inputs,
-            max_new_tokens=max(item.max_tokens for item in batch),
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=sorted(eos) or None,
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-        )
+        longest = max(item.max_tokens for item in batch)
+        result = model.generate(**inputs, **greedy(longest, pad, eos), return_dict_in_generate=True)
         rows = result.sequences[:, width:].tolist()
         new = [useful(row[: item.max_tokens], eos) for item, row in zip(batch, rows, strict=True)]
         outputs += new
@@ -65,6 +57,18 @@ def run(
         del result  # or the next batch would find two caches in memory
         done(len(outputs))
     return Run(time.perf_counter() - began, outputs, KVUse(reserved, used, peak))
+
+
+def greedy(max_new_tokens: int, pad: int, eos: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Options of `generate()`, whatever the model's generation config says."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "eos_token_id": sorted(eos) or None,
+        "pad_token_id": pad,
+    }
 
 
 def useful(row: Sequence[int], eos: frozenset[int]) -> list[int]:

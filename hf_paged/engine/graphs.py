@@ -10,6 +10,7 @@ import bisect
 import gc
 import logging
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,10 +135,8 @@ class Graphs:
             with torch.inference_mode(False):  # made in one caller's inference mode, they are written in another's call
                 self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
-            # One for all: torch's allocator keeps memory for each stream apart.
-            self._side = torch.cuda.Stream(self._device)
         batch = self._emptied(layout)
-        current, side = torch.cuda.current_stream(self._device), self._side
+        current, side = torch.cuda.current_stream(self._device), _side_stream(self._device)
         side.wait_stream(current)
         collecting = gc.isenabled()
         gc.disable()  # what it frees, it might free in the middle of the capture
@@ -226,6 +225,12 @@ class Graphs:
             mine.copy_(given)
         for mine, given in zip(own.block_tables, batch.block_tables, strict=True):
             mine[:, : given.shape[1]].copy_(given)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """What graphs are captured on. One for all engines: allocator and cuBLAS keep memory for each stream apart."""
+    return torch.cuda.Stream(device)
 
 
 def decode_sizes(most: int) -> list[int]:

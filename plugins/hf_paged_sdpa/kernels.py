@@ -11,6 +11,10 @@ from hf_paged.protocols import Norm
 class TorchKernels:
     """See `hf_paged.protocols.Kernels`."""
 
+    def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
+        """See `Kernels.compiles`."""
+        return False
+
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `Kernels.norm`."""
         weight, eps, gemma = norm

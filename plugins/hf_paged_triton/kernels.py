@@ -14,6 +14,11 @@ from hf_paged.protocols import Norm
 class TritonKernels:
     """See `hf_paged.protocols.Kernels`."""
 
+    def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
+        """See `Kernels.compiles`."""
+        n, k = weight.shape
+        return kernels.linear_serves(tokens, n, k, weight.dtype, weight.device)
+
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `Kernels.norm`."""
         weight, eps, gemma = norm

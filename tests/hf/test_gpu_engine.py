@@ -138,8 +138,9 @@ def test_an_adapter_takes_effect():
 
 def test_memory_is_given_back():
     model = build("llama").cuda()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    with LLM(model, **SMALL) as llm:
-        tokens(llm, zoo.prompts(3, LENGTHS))
+    for _ in range(2):  # the first one leaves cuBLAS its workspaces
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with LLM(model, **SMALL) as llm:
+            tokens(llm, zoo.prompts(3, LENGTHS))
     assert torch.cuda.memory_allocated() <= before + (1 << 20)

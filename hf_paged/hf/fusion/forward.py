@@ -102,7 +102,7 @@ class LayerForward(FusedForward):
         self._candidates = candidates
         self._far = far
 
-    def products(self, tokens: int) -> Iterable[Callable[[], object]]:
+    def products(self, tokens: int) -> Iterable[tuple[torch.Tensor, Callable[[], object]]]:
         """See `FusedLayer.products`."""
         return self._candidates[0].products(tokens)
 

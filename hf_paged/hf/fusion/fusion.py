@@ -131,9 +131,15 @@ class Fusion:
     # ------------------------------------------------------------------------------------------------------------ trial
 
     def rehearse(self, *tokens: int) -> None:
-        """Make a layer's products of so many tokens at once, so that a GPU's kernels are compiled side by side."""
-        calls = [call for forward in self._layers[:1] for count in tokens for call in forward.products(count)]
-        if not calls or self._device.type != "cuda":
+        """Make a layer's products of so many tokens at once, where kernels for them are compiled: side by side."""
+        calls = [
+            call
+            for forward in self._layers[:1]
+            for count in tokens
+            for weight, call in forward.products(count)
+            if self._kernels.compiles(count, weight)
+        ]
+        if not calls:
             return
 
         def make(call: Callable[[], object]) -> None:

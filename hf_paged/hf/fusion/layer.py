@@ -93,8 +93,8 @@ class FusedLayer:
             total.index_copy_(0, rows, own)
         return hidden
 
-    def products(self, tokens: int) -> Iterator[Callable[[], object]]:
-        """Calls that make each product of the layer, over zeros."""
+    def products(self, tokens: int) -> Iterator[tuple[torch.Tensor, Callable[[], object]]]:
+        """The weight of each product of the layer, with a call that makes it over zeros."""
         attention = self.attention
 
         def zeros(columns: int) -> torch.Tensor:
@@ -102,12 +102,14 @@ class FusedLayer:
 
         total, after = zeros(attention.qkv.weight.shape[1]), self._norm(self.wiring.after_attention)
         before = self._norm(self.wiring.before_attention)
-        yield lambda: self.kernels.linear(total, attention.qkv.weight, attention.qkv.bias, before)
-        yield lambda: self._add(zeros(total.shape[1]), zeros(attention.out.in_features), attention.out, after)
+        qkv, out = attention.qkv, attention.out
+        yield qkv.weight, lambda: self.kernels.linear(total, qkv.weight, qkv.bias, before)
+        yield out.weight, lambda: self._add(zeros(total.shape[1]), zeros(out.in_features), out, after)
         if isinstance(self.mlp, GatedMLP):
             mlp, before, after = self.mlp, self._norm(self.wiring.before_mlp), self._norm(self.wiring.after_mlp)
-            yield lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before)
-            yield lambda: self._add(zeros(total.shape[1]), zeros(mlp.down.in_features), mlp.down, after)
+            yield mlp.gate_up.weight, lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before)
+            down = mlp.down
+            yield down.weight, lambda: self._add(zeros(total.shape[1]), zeros(down.in_features), down, after)
 
     def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         own = self.attention
