@@ -304,8 +304,8 @@ class Batch:
         seq_lens: int32 [R], tokens of each row that have keys after this step.
         slot_mapping: for each cache group int64 [T]: block id × block size + offset, where a token's keys are written.
         block_tables: for each cache group int32 [R, most blocks], padded with the null block.
-        logits_indices: int64 [S], the flat tokens whose logits are wanted; with a layout one for each of its rows, the
-            first token's where there are fewer.
+        logits_indices: int64 [S], the flat tokens whose logits are wanted, each once; with a layout as many as it has
+            rows, some of them others'.
         row_starts: `query_start_loc` on the host.
         num_decode: leading rows of one token.
         fresh_from: the first of the last rows, those that read no key of an earlier step.

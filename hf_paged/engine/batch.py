@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -49,8 +50,10 @@ class BatchBuilder:
         ]
         fed = [(end - 1, places[row.request]) for row, end in padded.ends_of_rows() if not row.known] if places else []
         wanted, sampling = _wanted_logits(padded)
-        if layout is not None:
-            wanted += [0] * (layout.rows - len(wanted))
+        if layout is not None:  # each token once: the last layer writes where they are
+            taken = set(wanted)
+            rest = (token for token in range(layout.tokens) if token not in taken)
+            wanted += itertools.islice(rest, layout.rows - len(taken))
         wide = [
             padded.token_ids(),
             np.maximum(positions, 0),

@@ -148,7 +148,7 @@ class Engine:
 
         A forward that raises is tried again with fewer requests, down to the one at fault, which alone is failed.
         """
-        with on_device(self.model.spec.device):
+        with on_device(self.model.spec.device), torch.no_grad():
             return self._step()
 
     def _step(self) -> list[Request]:
@@ -263,12 +263,22 @@ class Engine:
         self._closed = True
 
     def warm_up(self) -> None:
-        """Make the KV pool and capture every CUDA graph now, instead of when they are first of use."""
-        with on_device(self.model.spec.device):
+        """Make the KV pool, capture every CUDA graph, launch the largest step and choose from logits now.
+
+        Where the memory doesn't suffice, steps are smaller from now on.
+        """
+        with on_device(self.model.spec.device), torch.no_grad():
             self.refresh()
             self.pool.provide([])
-            self._runner.warm_up(self.pool.cache, self.scheduler.max_num_batched_tokens)
-            self._chooser.warm_up(self.model, self.config.max_num_seqs)
+            while True:
+                tokens = self.scheduler.max_num_batched_tokens
+                try:
+                    self._runner.warm_up(self.pool.cache, tokens)
+                    self._chooser.warm_up(self.model, self.config.max_num_seqs)
+                    return
+                except torch.OutOfMemoryError as error:
+                    if not self._shrink(tokens, error):
+                        raise
 
     def _release(self) -> None:
         self._flight = None
@@ -289,18 +299,17 @@ class Engine:
         """
         requests = [row.request for row in step.rows if not row.request.finished]
         self.recover()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) and self._shrink(step):
-            logger.warning("out of memory in a step of %d tokens; steps have %d at most from now on: %s",
-                           step.num_tokens, self.scheduler.max_num_batched_tokens, error)  # fmt: skip
-        elif len(requests) == 1:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) and self._shrink(step.num_tokens, error):
+            return
+        if len(requests) == 1:
             self._finish(requests[0], "error", error=error)
         else:
             middle = len(requests) // 2
             self.scheduler.serve_apart(requests[:middle], requests[middle:])
 
-    def _shrink(self, step: Step) -> bool:
-        """Have steps of half as many tokens, if these weren't few already."""
-        half = step.num_tokens // 2
+    def _shrink(self, tokens: int, error: Exception) -> bool:
+        """A step of so many tokens ran out of memory: have steps of half as many, if these weren't few already."""
+        half = tokens // 2
         if half < SMALLEST_STEP:
             return False
         self._runner.forget_graphs()
@@ -308,6 +317,8 @@ class Engine:
         self.scheduler.max_num_seqs = min(self.scheduler.max_num_seqs, half)
         if self.model.spec.device.type == "cuda":
             torch.cuda.empty_cache()
+        logger.warning("out of memory in a step of %d tokens; steps have %d at most from now on: %s",
+                       tokens, half, error)  # fmt: skip
         return True
 
     def _add_prompt_logprobs(self, flight: Flight) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import gc
 import logging
+import threading
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -22,13 +23,14 @@ from hf_paged.protocols import AttentionBackend, PagedModel
 from hf_paged.types import Batch, Layout, Step
 
 logger = logging.getLogger(__name__)
+_capturing = threading.Lock()  # engines share the stream: what one launches on it, another's capture would take in
 
 # Rows of steps that only decode. Beyond these, every 32nd.
 DECODE_SIZES = (1, 2, 4, 8, *range(16, 129, 16))
 DECODE_STEP = 32
 # Of steps that prefill too: decode rows, tokens of the others, and the most of these. Larger steps keep the device busy
 # for longer than the host takes to launch them one kernel after the other.
-MIXED_DECODE = (0, 16, 64, 128)
+MIXED_DECODE = (0, 16, 64, 128, 256, 512)
 MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 MIXED_PROMPTS = 16
 # Beside more decode rows than MANY_ROWS prompts go a little in each step, unless BACKLOG tokens of them wait: on an
@@ -72,8 +74,8 @@ class Graphs:
     def prompt_tokens(self, decode: int, wanted: int) -> int:
         """How many of the `wanted` prompt tokens a step of so many decode rows shall take at most."""
         rows = _at_least(self._mixed, decode)
-        if self._failed or rows is None or decode <= MANY_ROWS or wanted >= BACKLOG:
-            return wanted
+        if self._failed or self._patience or rows is None or decode <= MANY_ROWS or wanted >= BACKLOG:
+            return wanted  # no graph will serve such a step, or it is better served at once
         return -(-(rows + TILE // 2) // TILE) * TILE - rows
 
     def forward(self, batch: Batch, layout: Layout, cache: PagedKVCache) -> torch.Tensor:
@@ -123,7 +125,8 @@ class Graphs:
     def _try_to_capture(self, layout: Layout, cache: PagedKVCache) -> bool:
         """Capture a graph. Where that fails, every step runs eagerly from now on."""
         try:
-            self._capture(layout, cache)
+            with _capturing:
+                self._capture(layout, cache)
         except Exception as error:
             self.drop()
             self._failed = True
@@ -136,7 +139,7 @@ class Graphs:
                 self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
         batch = self._emptied(layout)
-        current, side = torch.cuda.current_stream(self._device), _side_stream(self._device)
+        current, side = torch.cuda.current_stream(self._device), _capture_stream(self._device)
         side.wait_stream(current)
         collecting = gc.isenabled()
         gc.disable()  # what it frees, it might free in the middle of the capture
@@ -228,7 +231,7 @@ class Graphs:
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """What graphs are captured on. One for all engines: allocator and cuBLAS keep memory for each stream apart."""
     return torch.cuda.Stream(device)
 

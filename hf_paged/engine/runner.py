@@ -27,8 +27,9 @@ class Runner:
     def __init__(self, model: PagedModel, backend: AttentionBackend, config: PagedConfig, width: int) -> None:
         self._model = model
         self._backend = backend
-        captures = model.spec.device.type == "cuda" and getattr(backend, "captures", False) and width <= WIDEST_TABLE
-        self._graphs = Graphs(model, backend, config, width) if captures and not config.enforce_eager else None
+        self._captures = model.spec.device.type == "cuda" and getattr(backend, "captures", False)
+        graphs = self._captures and width <= WIDEST_TABLE and not config.enforce_eager
+        self._graphs = Graphs(model, backend, config, width) if graphs else None
 
     def layout(self, step: Step) -> Layout | None:
         """The size that the batch of a step shall have, for a graph to serve it; None: the step's own."""
@@ -40,7 +41,9 @@ class Runner:
 
     def prompt_tokens(self, decode: int, wanted: int) -> int:
         """How many of the `wanted` prompt tokens a step of so many decode rows shall take at most."""
-        return wanted if self._graphs is None else self._graphs.prompt_tokens(decode, wanted)
+        if self._graphs is None or torch.is_autocast_enabled(self._model.spec.device.type):
+            return wanted
+        return self._graphs.prompt_tokens(decode, wanted)
 
     def forward(self, step: Step, batch: Batch, cache: PagedKVCache) -> torch.Tensor:
         """Logits [S, vocabulary] of the tokens `batch.logits_indices`; keys and values are in the cache after it.
@@ -60,11 +63,11 @@ class Runner:
         with torch.no_grad():
             if self._graphs is not None:
                 self._graphs.capture_all(cache)
-            if self._model.spec.device.type != "cpu":  # what a first step of this size allocates and loads, it finds
+            if self._captures:  # what a first step of this size allocates and loads, it finds
                 batch = idle_batch(tokens, len(self._model.spec.windows), self._model.spec.device)
                 self._model.forward(batch, self._backend.plan(batch, cache))
 
     def forget_graphs(self) -> None:
-        """Drop what was captured: the model's tensors have moved, or the cache's memory is given back."""
+        """Drop what was captured: the forward is another one by now, or the cache's memory is given back."""
         if self._graphs is not None:
             self._graphs.drop()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,17 +60,17 @@ class BatchSampler:
         """Choose from so many rows of the logits, [rows, vocabulary], that nothing is compiled or loaded later."""
         if self._kernels is None:
             return
-        most = len(logits)
-        reals, numbers = (
-            torch.ones(most, device=logits.device),
-            torch.ones(most, dtype=torch.int64, device=logits.device),
-        )
+        wide = logits.float()  # what is changed before it is chosen from
+        ones = torch.ones(len(logits), dtype=torch.int64, device=logits.device)
+        drawn = functools.partial(self._kernels.sample, temperature=ones.float(), seeds=ones, positions=ones)
+        for top_k, top_p, min_p in itertools.product((None, ones.int()), (None, ones.float()), (None, ones.float())):
+            drawn(wide, top_k=top_k, top_p=top_p, min_p=min_p)
         for size in sizes:
-            rows, real, number = logits[:size], reals[:size], numbers[:size]
-            drawn: dict[str, Any] = {"temperature": real, "seeds": number, "positions": number, "min_p": None}
-            self._kernels.argmax(rows)
-            self._kernels.sample(rows, **drawn, top_k=None, top_p=None)
-            self._kernels.sample(rows, **drawn, top_k=number.int(), top_p=real)
+            number = ones[:size]
+            drawn = functools.partial(self._kernels.sample, temperature=number.float(), seeds=number, positions=number)
+            drawn(wide[:size], top_k=None, top_p=None, min_p=None)
+            self._kernels.argmax(logits[:size])
+            self._kernels.argmax(wide[:size])
 
     def _argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self._kernels.argmax(logits) if self._kernels else logits.argmax(-1)

@@ -89,12 +89,13 @@ class FCFSScheduler:
         self._drop_served()
         step = Step(rows=[])
         shares: dict[Request, Scheduled] = {}
-        budget = self._budget()
-        self._continue_running(shares, step, budget)
+        active = [request for request in self.running if self._active(request)]
+        budget = self._budget(active)
+        self._continue_running(shares, step, active, budget)
         if not step.preempted:
             self._admit_waiting(shares, budget)
         while not shares and self._make_room(step):
-            self._admit_waiting(shares, budget)
+            self._admit_waiting(shares, self._budget(()))
         step.rows = list(shares.values())
         step.copies = self.tables.take_copies()
         return step
@@ -130,18 +131,19 @@ class FCFSScheduler:
         while self._apart and all(request.finished or request.held for request in self._apart[0]):
             self._apart.pop(0)
 
-    def _budget(self) -> int:
-        """Most tokens of the next step."""
+    def _budget(self, active: Sequence[Request]) -> int:
+        """Most tokens of the next step, in which these running requests may be served."""
         if self.pace is None:
             return self.max_num_batched_tokens
-        pending = [r.num_pending for r in self.running if self._active(r)]
+        pending = [request.num_pending for request in active]
         decode, room = pending.count(1), self.max_num_seqs - len(pending)
         prompts = sum(pending) - decode
         prompts += sum(r.num_pending for r in itertools.islice(filter(self._ready, self.waiting), max(0, room)))
-        return min(self.max_num_batched_tokens, decode + self.pace(decode, prompts)) if prompts else decode
+        return min(self.max_num_batched_tokens, decode + (self.pace(decode, prompts) if prompts else 0))
 
-    def _continue_running(self, shares: dict[Request, Scheduled], step: Step, budget: int) -> None:
-        active = [r for r in self.running if self._active(r)]
+    def _continue_running(
+        self, shares: dict[Request, Scheduled], step: Step, active: Sequence[Request], budget: int
+    ) -> None:
         for request in sorted(active, key=lambda r: r.num_pending > 1):  # stable: decode rows first, each in order
             if budget <= 0 or len(shares) >= self.max_num_seqs:
                 return

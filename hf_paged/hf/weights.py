@@ -15,6 +15,7 @@ SAMPLES = 8  # elements looked at of each parameter
 # Options of a config, by parts of their names, and attributes of modules that say how attention is computed.
 CONFIG_PARTS = ("window", "layer_type", "softcap", "rope", "scal", "multiplier", "chunk", "causal")
 MODULE_OPTIONS = {"sliding_window", "is_causal", "scaling", "attn_logit_softcapping", "layer_type", "attention_type"}
+_INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightWatch:
@@ -69,7 +70,10 @@ def _sampled(tensors: Iterable[torch.Tensor]) -> int:
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.numel() and tensor.is_contiguous() and not tensor.is_sparse:
-            by_kind.setdefault((tensor.device, tensor.dtype), []).append(_spread(tensor.detach()))
+            picked = _spread(tensor.detach())
+            if not picked.is_complex():  # not every dtype can be put together
+                picked = picked.view(_INT_VIEWS[picked.itemsize])
+            by_kind.setdefault((picked.device, picked.dtype), []).append(picked)
     groups = [torch.cat(group).view(torch.uint8) for group in by_kind.values()]
     return hash(tuple(group.cpu().numpy().tobytes() for group in groups))
 

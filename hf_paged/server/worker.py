@@ -158,7 +158,8 @@ def _load(orders: Orders) -> Any:
     elif orders.replicas > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // orders.replicas))
     if config.load_format == "dummy":
-        return random_model(AutoConfig.from_pretrained(config.model, **options), device, config.dtype)
+        shape = AutoConfig.from_pretrained(config.model, **options)
+        return random_model(shape, device, config.dtype, trust_remote_code=config.trust_remote_code)
     if config.device not in (None, "cuda"):
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
         return model.to(device).eval()

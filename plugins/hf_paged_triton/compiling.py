@@ -1,7 +1,8 @@
 """Compiling the attention kernels side by side, in the background, while the model is being looked at.
 
-Triton compiles a kernel when it is first launched, one after the other, seconds each. Here every kind of launch that a
-cache's layers may need is made once, over nothing, each in a thread of its own.
+Triton compiles a kernel when it is first launched, one after the other, seconds each. Here the kinds of launch that a
+first answer needs are made once, over nothing, each in a thread of its own. What a layer asks for beyond its spec (a
+soft-cap, sinks) makes other kernels, which are compiled when it does.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ from hf_paged_triton.stretches import Stretch, stretches
 
 
 class TritonPlan:
-    """One step over the cache. All its launches go to the stream that is current; it never waits for the device."""
+    """One step over the cache. All it launches is done before what the current stream is given next.
+
+    It never waits for the device.
+    """
 
     def __init__(self, batch: Batch, cache: KVCache) -> None:
         self._cache = cache

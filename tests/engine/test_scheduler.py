@@ -49,6 +49,28 @@ def test_prompts_are_cut_into_chunks_of_the_budget():
     assert step(scheduler) == [(a, 23, 1), (b, 4, 1)]
 
 
+def test_prompts_are_paced_beside_answers_that_have_begun():
+    scheduler = make_scheduler(budget=10)
+    asked = []
+    scheduler.pace = lambda decode, wanted: asked.append((decode, wanted)) or 3
+    a, b = add(scheduler, 2, 8)
+    assert step(scheduler) == [(a, 0, 2), (b, 0, 1)]
+    assert step(scheduler) == [(a, 2, 1), (b, 1, 3)]
+    (c,) = add(scheduler, 20)
+    assert step(scheduler) == [(a, 3, 1), (b, 4, 3)]
+    assert step(scheduler) == [(a, 4, 1), (b, 7, 1), (c, 0, 3)]
+    assert asked == [(0, 10), (1, 7), (1, 24), (2, 20)]  # the last token of a prompt is a row of one
+
+
+def test_rows_of_one_token_stay_under_the_budget_too():
+    scheduler = make_scheduler(budget=10)
+    scheduler.pace = lambda decode, wanted: wanted
+    add(scheduler, *[1] * 8)
+    assert len(step(scheduler)) == 8
+    scheduler.max_num_batched_tokens = 3
+    assert len(step(scheduler)) == 3
+
+
 def test_answers_that_have_begun_come_before_prompts():
     scheduler = make_scheduler(budget=6)
     a, b = add(scheduler, 8, 3)

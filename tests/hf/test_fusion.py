@@ -293,3 +293,16 @@ def test_the_last_layer_finishes_only_tokens_whose_logits_are_wanted(monkeypatch
         monkeypatch.setattr(TorchKernels, "gated", lambda self, x, *args: rows.append(len(x)) or gated(self, x, *args))
         assert torch.equal(model.generate(prompt, **KWARGS), wanted)
     assert rows == [12, 8, 1, *[1, 1] * 11]
+
+
+def test_who_watches_the_model_sees_every_token():
+    """A hook behind the last layer gets what stock's gives it, also of tokens whose logits nobody wants."""
+    model = zoo.build("llama")
+    prompt = torch.tensor(zoo.prompts(1, (9,)))
+    seen = []
+    model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    model.generate(prompt, max_new_tokens=1)
+    with hf_paged.paged(model, **FUSED):
+        model.generate(prompt, max_new_tokens=1)
+        assert fused_layers(fusion_of(model).report()) == (2, 2)
+    torch.testing.assert_close(seen[-1], seen[0], rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 import hf_paged
 import zoo
 from hf_paged.hf.prepare import STOCK_GENERATE
+from hf_paged.hf.weights import WeightWatch
 
 BATCH = padded(zoo.prompts(2, (21, 9, 17)))
 KWARGS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
@@ -235,6 +236,19 @@ def test_lora_adapters_come_and_go(llama: PreTrainedModel) -> None:
         with torch.no_grad():
             llama.model.layers[0].self_attn.q_proj.lora_B["one"].weight.mul_(-2)
         assert answers() != one
+
+
+def test_what_graphs_captured_is_void_after_a_switch_of_adapters(llama: PreTrainedModel) -> None:
+    model = peft.get_peft_model(llama, lora(0), adapter_name="one")
+    watch = WeightWatch(model)
+    on = watch.graph_key()
+    assert watch.graph_key() == on
+    with model.disable_adapter():
+        assert watch.graph_key() != on
+    assert watch.graph_key() == on
+    weight = next(model.parameters())
+    weight.data = weight.data.clone()
+    assert watch.graph_key() != on
 
 
 def test_adapters_for_each_row_fall_back(llama: PreTrainedModel) -> None:

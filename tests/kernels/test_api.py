@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -178,3 +179,25 @@ def test_imports_torch_and_triton_alone():
             for name in names:
                 assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
     assert not (Path(hf_paged_kernels.__file__).parent.parent / "__init__.py").exists()
+
+
+def test_ops_are_called_where_something_looks_on(monkeypatch):
+    """Autograd, a compiler and dispatch modes see the op; nobody else waits for its dispatch."""
+    import hf_paged_kernels as kernels
+    from hf_paged_kernels import ops
+
+    called, op = [], ops.rms_norm.op
+    monkeypatch.setattr(ops.rms_norm, "op", lambda *args: called.append("op") or op(*args))
+    x, weight = torch.randn(3, 64, device=DEVICE), torch.ones(64, device=DEVICE)
+    with_grad = kernels.rms_norm(x, weight, eps=1e-6)
+    assert called == ["op"]
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.rms_norm(x, weight, eps=1e-6), with_grad)
+        assert called == ["op"]
+        with FlopCounterMode(display=False):
+            kernels.rms_norm(x, weight, eps=1e-6)
+    assert called == ["op", "op"]
+    compiled = torch.compile(lambda x: kernels.rms_norm(x, weight, eps=1e-6), backend="aot_eager", fullgraph=True)
+    monkeypatch.undo()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), with_grad)

@@ -85,7 +85,8 @@ class LayerForward(FusedForward):
     Args:
         candidates: ways to compute the layer; a trial step picks the one that agrees.
         far: a position near the last one that the model has.
-        last: whether it is the model's last: of its output only the tokens are read whose logits are wanted.
+        last: whether it has the model's last attention: behind it, each token's output is its own and asked for only
+            where its logits are.
 
     Attributes:
         rejected: why the layer runs as it is, once a trial has found no candidate that agrees; or None.

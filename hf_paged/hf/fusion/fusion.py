@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_paged.hf.attention import SeenLayer
 from hf_paged.hf.fusion.forward import FusedForward, HeadForward, LayerForward, NormForward
 from hf_paged.hf.fusion.layer import ROTATIONS, FusedLayer
-from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain, is_untouched
+from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain, is_untouched, is_watched
 from hf_paged.hf.fusion.parts import WIRINGS, find_attention, find_mlp, find_norm
 from hf_paged.ledger import Ledger
 from hf_paged.protocols import Kernels
@@ -60,13 +60,13 @@ class Fusion:
 
     def _install(self, model: PreTrainedModel, layers: Sequence[SeenLayer]) -> None:
         self._ledger.set_attribute(model, _PLACE, self)
-        shared, parents = holders(model), _parents(model)
+        shared, parents, watched = holders(model), _parents(model), is_watched(model)
         inside: set[nn.Module] = set()
         for index, seen in enumerate(layers):
             layer = parents.get(seen.module)
             candidates = self._candidates(layer, seen, index, shared) if layer is not None else []
             if layer is not None and candidates:
-                forward = LayerForward(layer, self, candidates, self._far, last=seen is layers[-1])
+                forward = LayerForward(layer, self, candidates, self._far, last=seen is layers[-1] and not watched)
                 self._layers.append(forward)
                 self._put(forward)
                 inside.update(layer.modules())

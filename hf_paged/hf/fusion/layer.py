@@ -100,16 +100,16 @@ class FusedLayer:
         def zeros(columns: int) -> torch.Tensor:
             return attention.qkv.weight.new_zeros(tokens, columns)
 
-        total, after = zeros(attention.qkv.weight.shape[1]), self._norm(self.wiring.after_attention)
-        before = self._norm(self.wiring.before_attention)
-        qkv, out = attention.qkv, attention.out
-        yield qkv.weight, lambda: self.kernels.linear(total, qkv.weight, qkv.bias, before)
-        yield out.weight, lambda: self._add(zeros(total.shape[1]), zeros(out.in_features), out, after)
+        total, wiring = zeros(attention.qkv.weight.shape[1]), self.wiring
+        qkv, before_attention = attention.qkv, self._norm(wiring.before_attention)
+        yield qkv.weight, lambda: self.kernels.linear(total, qkv.weight, qkv.bias, before_attention)
+        out, after_attention = attention.out, self._norm(wiring.after_attention)
+        yield out.weight, lambda: self._add(zeros(total.shape[1]), zeros(out.in_features), out, after_attention)
         if isinstance(self.mlp, GatedMLP):
-            mlp, before, after = self.mlp, self._norm(self.wiring.before_mlp), self._norm(self.wiring.after_mlp)
-            yield mlp.gate_up.weight, lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before)
-            down = mlp.down
-            yield down.weight, lambda: self._add(zeros(total.shape[1]), zeros(down.in_features), down, after)
+            mlp, before_mlp = self.mlp, self._norm(wiring.before_mlp)
+            yield mlp.gate_up.weight, lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before_mlp)
+            down, after_mlp = self.mlp.down, self._norm(wiring.after_mlp)
+            yield down.weight, lambda: self._add(zeros(total.shape[1]), zeros(down.in_features), down, after_mlp)
 
     def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         own = self.attention

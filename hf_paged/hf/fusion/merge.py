@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,6 +98,12 @@ def is_untouched(module: nn.Module) -> bool:
     """Whether nobody has hooked, wrapped, parametrised or replaced a module's forward."""
     hooked = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooked) and "forward" not in vars(module) and "parametrizations" not in module._modules
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether somebody may look at what the model's modules hand on: a hook, or a forward that was replaced."""
+    everywhere = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+    return bool(everywhere) or not all(map(is_untouched, model.modules()))
 
 
 def is_plain(module: Any, shared: Counter[int]) -> bool:
