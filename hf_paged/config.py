@@ -22,8 +22,8 @@ class PagedConfig:
         max_num_batched_tokens: most tokens in one step, prompt chunks and decode rows together; None: by device.
         max_model_len: most tokens of one request, prompt and output; None: what the model's positions allow.
         enforce_eager: run every forward eagerly, without CUDA graphs.
-        fusions: have fused kernels take the place of parts of a model's layers in the engine's forwards, each verified
-            first. None: on a GPU; on a CPU they are right, and hardly faster.
+        fusions: have fused forwards take the place of parts of a model's layers in the engine's steps, each verified
+            first.
         enable_prefix_caching: keep finished requests' blocks, and reuse those whose tokens a prompt begins with.
         attention_backend: a registered backend's name, or None: the plugins choose by model and device.
         scheduler: a registered scheduler's name.
@@ -46,7 +46,7 @@ class PagedConfig:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     enforce_eager: bool = False
-    fusions: bool | None = None
+    fusions: bool = True
     enable_prefix_caching: bool = True
     attention_backend: str | None = None
     scheduler: str = "fcfs"

@@ -47,7 +47,9 @@ class Built:
 
     def __post_init__(self) -> None:
         # Called once: when the engine is told to stop, or when it is gone, with the LLM that nobody closed.
-        self._releases = weakref.finalize(self, release, self.fusion) if self.fusion is not None else None
+        # The model holds its fusion, which holds the model: held here, neither would ever be gone.
+        fusion = weakref.ref(self.fusion) if self.fusion is not None else None
+        self._releases = weakref.finalize(self, _release, fusion) if fusion is not None else None
         if self._releases is not None:
             self._releases.atexit = False
 
@@ -62,6 +64,12 @@ class Built:
             self._releases()
         self.fusion = None
         plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
+
+
+def _release(fusion: weakref.ref[Fusion]) -> None:
+    found = fusion()
+    if found is not None:
+        release(found)
 
 
 def build(
@@ -124,9 +132,8 @@ def build(
 def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
     """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None."""
     kernels = getattr(backend, "kernels", None)
-    wanted = model.device.type != "cpu" if config.fusions is None else config.fusions
-    if kernels is None or not wanted:
-        return "the attention backend has no kernels for it" if wanted else f"fusions={config.fusions}"
+    if kernels is None or not config.fusions:
+        return "the attention backend has no kernels for it" if config.fusions else f"fusions={config.fusions}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     try:

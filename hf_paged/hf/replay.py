@@ -31,7 +31,8 @@ class ReplayedCache(DynamicCache):
     ) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
         self._weights = WeightWatch(model)
-        self._fingerprint = self._weights.fingerprint()
+        # Layers that were fused in the engine have their weights elsewhere once it is gone.
+        self._fingerprint = self._weights.fingerprint(places=False)
         self._replay: tuple[Any, ...] | None = (model, sequences, width, prompts)
 
     @property
@@ -49,7 +50,7 @@ class ReplayedCache(DynamicCache):
             return
         model, sequences, width, prompts = self._replay  # type: ignore[misc]
         check_mode(model)
-        if self._weights.fingerprint() != self._fingerprint:
+        if self._weights.fingerprint(places=False) != self._fingerprint:
             raise UnsupportedCallError(
                 "the weights or adapters changed after generate() returned this cache, which is computed when it is "
                 "first read; read it earlier (cache.get_seq_length() will do), or take the patch off for this call"

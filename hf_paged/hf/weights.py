@@ -29,11 +29,15 @@ class WeightWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
-    def fingerprint(self) -> Hashable:
-        """A value that is another one after the weights, the active adapters, the hooks or the modules changed."""
+    def fingerprint(self, *, places: bool = True) -> Hashable:
+        """A value that is another one after the weights, the active adapters, the hooks or the modules changed.
+
+        Args:
+            places: whether it is another one, too, where weights lie elsewhere and look the same.
+        """
         modules = modules_of(self._model)
         tensors = _tensors(modules)
-        counters = hash(tuple((id(t), t.data_ptr(), _version(t)) for t in tensors))
+        counters = hash(tuple((id(t), places and t.data_ptr(), _version(t)) for t in tensors))
         return counters, _sampled(tensors), tuple(_adapters(modules)), tuple(_hooks(modules))
 
     def graph_key(self) -> Hashable:
