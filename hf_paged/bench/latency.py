@@ -74,7 +74,8 @@ def time_to_first_token(model: Any, options: engines.Options) -> float:
     from hf_paged import LLM, SamplingParams
 
     (item,) = UNIFORM["B"].items(_vocabulary(model), seed=-1)
-    torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     began = time.perf_counter()
     with LLM(model, skip_tokenizer_init=True, **options.paged) as llm:
         llm.generate([item.prompt_token_ids], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)

@@ -148,6 +148,7 @@ class Engine:
 
         A forward that raises is tried again with fewer requests, down to the one at fault, which alone is failed.
         """
+        # Not inference mode: what the model keeps of its own (rotary tables that grow) must stay usable in training.
         with on_device(self.model.spec.device), torch.no_grad():
             return self._step()
 

@@ -50,22 +50,19 @@ class Runner:
 
         They may be overwritten by the next forward.
         """
-        # Not inference mode: what the model keeps of its own (rotary tables that grow) must stay usable in training.
-        with torch.no_grad():
-            cache.copy_blocks(step.copies)
-            if batch.layout is not None:
-                assert self._graphs is not None
-                return self._graphs.forward(batch, batch.layout, cache)
-            return self._model.forward(batch, self._backend.plan(batch, cache))
+        cache.copy_blocks(step.copies)
+        if batch.layout is not None:
+            assert self._graphs is not None
+            return self._graphs.forward(batch, batch.layout, cache)
+        return self._model.forward(batch, self._backend.plan(batch, cache))
 
     def warm_up(self, cache: PagedKVCache, tokens: int) -> None:
         """Capture every graph now, instead of when it is first of use, and launch a step of `tokens` tokens."""
-        with torch.no_grad():
-            if self._graphs is not None:
-                self._graphs.capture_all(cache)
-            if self._captures:  # what a first step of this size allocates and loads, it finds
-                batch = idle_batch(tokens, len(self._model.spec.windows), self._model.spec.device)
-                self._model.forward(batch, self._backend.plan(batch, cache))
+        if self._graphs is not None:
+            self._graphs.capture_all(cache)
+        if self._captures:  # what a first step of this size allocates and loads, it finds
+            batch = idle_batch(tokens, len(self._model.spec.windows), self._model.spec.device)
+            self._model.forward(batch, self._backend.plan(batch, cache))
 
     def forget_graphs(self) -> None:
         """Drop what was captured: the forward is another one by now, or the cache's memory is given back."""
