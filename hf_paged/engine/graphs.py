@@ -94,6 +94,8 @@ class Graphs:
         mixed = [Layout(rows, rows + more, MIXED_PROMPTS) for rows in self._mixed for more in MIXED_TOKENS]
         for layout in [*reversed(mixed), *(Layout(size, size, 0) for size in reversed(self._decode))]:
             if layout not in self._graphs and not self._try_to_capture(layout, cache):
+                if not self._failed:
+                    self.capture_all(cache)  # of what is left
                 return
 
     def drop(self) -> None:
@@ -123,15 +125,22 @@ class Graphs:
             self._cache_key = cache.key
 
     def _try_to_capture(self, layout: Layout, cache: PagedKVCache) -> bool:
-        """Capture a graph. Where that fails, every step runs eagerly from now on."""
+        """Capture a graph. Where that fails, steps run eagerly from now on: out of memory, those that prefill first."""
         try:
             with _capturing:
                 self._capture(layout, cache)
+            return True
         except Exception as error:
             self.drop()
-            self._failed = True
-            logger.warning("steps run without CUDA graphs, for capturing one failed: %s", error)
-        return not self._failed
+            if isinstance(error, torch.OutOfMemoryError) and self._mixed:
+                self._mixed = []
+                torch.cuda.empty_cache()
+                what = "steps that prefill"
+            else:
+                self._failed = True
+                what = "steps"
+            logger.warning("%s run without CUDA graphs, for capturing one failed: %s", what, error)
+            return False
 
     def _capture(self, layout: Layout, cache: PagedKVCache) -> None:
         if self._inputs is None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from engine.fake import FakeBackend, FakeModel, make_request
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine.graphs import BACKLOG, MANY_ROWS, MIXED_PROMPTS, MIXED_TOKENS, PATIENCE, Graphs, decode_sizes
 from hf_paged.types import Layout, Scheduled, Step
+
+
+class FakeCache:
+    key = "the only one"
 
 
 def graphs(**config):
@@ -61,3 +66,33 @@ def test_where_the_pool_is_given_back_graphs_have_to_be_wanted_often():
     assert [own.layout(step(1)) for _ in range(PATIENCE)] == [None] * PATIENCE
     assert own.layout(step(1)) == Layout(1, 1, 0)
     assert own.layout(step(2)) is None  # another one
+
+
+@pytest.mark.parametrize(("error", "left"), [(torch.OutOfMemoryError, 1), (RuntimeError, 0)])
+def test_out_of_memory_steps_that_prefill_go_without_graphs_first(monkeypatch, error, left):
+    own, cache = graphs(max_num_seqs=8), FakeCache()
+    captured = []
+
+    def capture(layout, cache):
+        if layout.prompts:
+            raise error("no room")
+        own._graphs[layout] = None
+        captured.append(layout)
+
+    monkeypatch.setattr(own, "_capture", capture)
+    own.capture_all(cache)
+    assert captured == [Layout(size, size, 0) for size in (8, 4, 2, 1)] * left
+    assert own.layout(step(1, [5])) is None
+    assert own.layout(step(3)) == (Layout(4, 4, 0) if left else None)
+    assert own.prompt_tokens(8, 700) == 700
+
+
+def test_out_of_memory_twice_nothing_is_captured(monkeypatch):
+    own = graphs(max_num_seqs=8)
+
+    def capture(layout, cache):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(own, "_capture", capture)
+    own.capture_all(FakeCache())
+    assert own.layout(step(3)) is None
