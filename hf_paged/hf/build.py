@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pluggy
 import torch
@@ -140,7 +142,7 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
         far = max((flat.max_positions or FAR) - 1, 0)
         flat.fusion = acquire(model, flat.layers, kernels, structure(model), far)
         if flat.fusion.in_trial:
-            flat.fusion.rehearse(*REHEARSED)
+            _rehearse(flat.fusion, flat, backend)
             try_fusion(model, flat, backend, config.block_size)
             flat.fusion.end_trial()
     except Exception as error:
@@ -148,6 +150,26 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
         _unfuse(flat)
         return f"a trial failed: {type(error).__name__}: {error}"
     return None
+
+
+def _rehearse(fusion: Fusion, flat: FlatModel, backend: AttentionBackend) -> None:
+    """Launch once what a first answer needs, side by side: a kernel is compiled when it is first launched."""
+    device = flat.spec.device
+    if device.type != "cuda":
+        return
+    calls = fusion.rehearsals(*REHEARSED)
+    sampling = getattr(backend, "sampling", None)
+    if sampling is not None:
+        logits = torch.zeros(1, flat.num_logits, dtype=flat.spec.dtype, device=device)
+        calls.append(partial(sampling.argmax, logits))
+
+    def launch(call: Callable[[], object]) -> None:
+        with torch.no_grad(), torch.cuda.device(device):
+            call()
+
+    if calls:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            list(pool.map(launch, calls))
 
 
 def _unfuse(flat: FlatModel) -> None:

@@ -6,9 +6,11 @@ model is carried only after it was seen to work: chunked prefill mixed with deco
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_paged.config import PagedConfig
@@ -28,6 +30,9 @@ LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that the
 LONGEST_BLOCK = 64  # shorter blocks likewise, so that a row is seen to have several
 NEW = 3
 TRIAL_ROW = 8
+# What stock attention may run on in a trial: cuDNN's, torch's choice on an H100, takes a second to set up for it.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_switches = threading.Lock()  # torch's, which are the process's
 
 
 def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
@@ -126,6 +131,6 @@ def _paged(
 def _stock(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
     """The logits of a plain forward over one row: float32 [tokens, vocabulary]."""
     device = model.get_input_embeddings().weight.device
-    with torch.no_grad():
+    with torch.no_grad(), _switches, sdpa_kernel(ATTENTION):
         output = model(input_ids=torch.tensor([row], device=device), use_cache=False, return_dict=True)
     return output.logits[0].float()

@@ -34,21 +34,20 @@ def overlap(device: torch.device) -> dict[str, Any]:
 
 
 @triton.jit
-def await_previous(PDL: tl.constexpr, EARLY: tl.constexpr = True):
-    """Lets the next kernel's programs come in, if EARLY (else see `admit_next`), then waits for the previous one's end.
+def await_previous(PDL: tl.constexpr):
+    """Lets the next kernel's programs come in, then waits for the previous kernel's end.
 
     Every program of a kernel launched with `overlap` calls this before it touches what other kernels write or read:
     since each kernel of a chain waits so, the end of the one before means the end of all before. Only parameters of the
     model, which no kernel here writes, may be read before it.
     """
     if PDL:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        admit_next(PDL)
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
-def admit_next(PDL: tl.constexpr, EARLY: tl.constexpr):
-    """Lets the next kernel's programs come in now, where they were not let in EARLY: they take room on the GPU."""
-    if PDL and not EARLY:
+def admit_next(PDL: tl.constexpr):
+    """Lets the next kernel's programs come in; they take room on the GPU."""
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()

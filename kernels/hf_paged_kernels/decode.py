@@ -116,7 +116,7 @@ def _decode_kernel(
 ):  # fmt: skip
     """One work item of one KV head: the GROUP query heads that share it against keys start..stop of one row."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    await_previous(PDL, EARLY)
+    await_previous(PDL and EARLY)
     head = tl.program_id(0)
     entry = plan_ptr + tl.program_id(1) * 8
     row = tl.load(entry)
@@ -180,7 +180,7 @@ def _decode_kernel(
         l = l * alpha + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
         m = m_new
-    admit_next(PDL, EARLY)
+    admit_next(PDL and not EARLY)
     safe = tl.where(l > 0, l, 1.0)
     acc = acc / safe[:, None]
     if SCALED:
@@ -268,6 +268,9 @@ def decode(
     block_v = triton.next_power_of_2(max(v_dim, 16))
     plan_view, counters, lse, partial = _views(workspace, rows, heads, v_dim, shape)
     scaled = k_scale is not None
+    options = overlap(query.device)
+    if options["PDL"] and not config.early:
+        options = {**options, "launch_pdl": False}
     _decode_kernel[(kv_heads, rows + shape.target)](
         query, k_cache, v_cache, out, block_tables, plan_view, counters, lse, partial,
         sinks, alibi_slopes, k_scale, v_scale, scale, softcap, heads, kv_heads,
@@ -278,5 +281,5 @@ def decode(
         BLOCK_D=triton.next_power_of_2(max(dim, 16)), V_DIM=v_dim, BLOCK_V=block_v, PAGE=page, TILE=shape.tile,
         BLOCK_S=max(1, min(32, config.merge * 512 // (merge_group * block_v))),
         SOFTCAP=softcap > 0, SINKS=sinks is not None, ALIBI=alibi_slopes is not None, SCALED=scaled, EARLY=config.early,
-        num_warps=config.num_warps, num_stages=config.num_stages, **overlap(query.device),
+        num_warps=config.num_warps, num_stages=config.num_stages, **options,
     )  # fmt: skip

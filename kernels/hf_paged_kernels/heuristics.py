@@ -15,7 +15,8 @@ import torch
 class DecodeConfig:
     """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges.
 
-    `early`: the next kernel may come in at once, not only when this program has read its keys.
+    `early`: this kernel comes in before the one before it has ended, and lets the next one in at once; or else only
+    when it has read its keys.
     """
 
     num_warps: int
@@ -117,7 +118,7 @@ def decode_config(
     if q_itemsize == 4:
         return DecodeConfig(num_warps=4, num_stages=1 if wide > 128 else 2)
     _, warps, stages, merge, _ = _decode_row(rows, kv_heads, device)
-    # The programs of a few rows share the multiprocessors with those of the next kernel, if these come in early.
+    # Programs of a few rows that come in early share the multiprocessors with those of the kernel before.
     early = rows <= 2 or rows * kv_heads >= 0.95 * sm_count(device)
     return DecodeConfig(warps, min(stages, 3) if wide > 128 else stages, merge, early)
 

@@ -1,8 +1,8 @@
-"""Compiling the attention kernels side by side, in the background, while the model is being looked at.
+"""Compiling the kernels of attention side by side, in the background, while the model is being looked at.
 
 Triton compiles a kernel when it is first launched, one after the other, seconds each. Here the kinds of launch that a
 first answer needs are made once, over nothing, each in a thread of its own. What a layer asks for beyond its spec (a
-soft-cap, sinks) makes other kernels, which are compiled when it does.
+soft-cap, sinks, a partial rotation) makes other kernels, which are compiled when it does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS = 32
 
 def start(spec: CacheSpec, block_size: int) -> list[threading.Thread]:
     """Begin to compile; join the threads before the first launch that counts."""
-    jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in (_decode, _paged, _fresh)]
+    jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in (_decode, _paged, _fresh, _write)]
     threads = [threading.Thread(target=_run, args=(*job, spec, block_size), daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
@@ -79,3 +79,12 @@ def _paged(layer: LayerSpec, x: _Zeros) -> None:
 
 def _fresh(layer: LayerSpec, x: _Zeros) -> None:
     kernels.prefill_attention(x.query, x.key, x.value, x.starts, scale=1.0, window=layer.window or 0)
+
+
+def _write(layer: LayerSpec, x: _Zeros) -> None:
+    slots = torch.full((TOKENS,), -1, dtype=torch.int64, device=x.key.device)
+    cos, sin = torch.zeros(2, TOKENS, layer.head_dim // 2, dtype=x.key.dtype, device=x.key.device)
+    for rotated in (None, x.key):
+        kernels.write_cache(
+            x.key, x.value, x.keys, x.values, slots, query=x.query, cos=cos, sin=sin, key_out=rotated
+        )

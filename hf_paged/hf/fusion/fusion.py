@@ -6,7 +6,6 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -130,24 +129,15 @@ class Fusion:
 
     # ------------------------------------------------------------------------------------------------------------ trial
 
-    def rehearse(self, *tokens: int) -> None:
-        """Make a layer's products of so many tokens at once, where kernels for them are compiled: side by side."""
-        calls = [
+    def rehearsals(self, *tokens: int) -> list[Callable[[], object]]:
+        """Calls that make a layer's products of so many tokens, where kernels for them are compiled."""
+        return [
             call
             for forward in self._layers[:1]
             for count in tokens
             for weight, call in forward.products(count)
             if self._kernels.compiles(count, weight)
         ]
-        if not calls:
-            return
-
-        def make(call: Callable[[], object]) -> None:
-            with torch.no_grad(), torch.cuda.device(self._device):
-                call()
-
-        with ThreadPoolExecutor(len(calls)) as pool:
-            list(pool.map(make, calls))
 
     def end_trial(self) -> None:
         """From now on the fused forwards serve; layers that a trial step has not seen agree run as they are."""
