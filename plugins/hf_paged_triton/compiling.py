@@ -85,6 +85,4 @@ def _write(layer: LayerSpec, x: _Zeros) -> None:
     slots = torch.full((TOKENS,), -1, dtype=torch.int64, device=x.key.device)
     cos, sin = torch.zeros(2, TOKENS, layer.head_dim // 2, dtype=x.key.dtype, device=x.key.device)
     for rotated in (None, x.key):
-        kernels.write_cache(
-            x.key, x.value, x.keys, x.values, slots, query=x.query, cos=cos, sin=sin, key_out=rotated
-        )
+        kernels.write_cache(x.key, x.value, x.keys, x.values, slots, query=x.query, cos=cos, sin=sin, key_out=rotated)
