@@ -24,6 +24,8 @@ class PagedConfig:
         enforce_eager: run every forward eagerly, without CUDA graphs.
         fusions: have fused forwards take the place of parts of a model's layers in the engine's steps, each verified
             first.
+        deterministic: a request's results have the same bits whatever else is in its batch: proved when the engine is
+            built, and slower. It needs a backend that offers it, and fusions; not every family can.
         enable_prefix_caching: keep finished requests' blocks, and reuse those whose tokens a prompt begins with.
         attention_backend: a registered backend's name, or None: the plugins choose by model and device.
         scheduler: a registered scheduler's name.
@@ -47,6 +49,7 @@ class PagedConfig:
     max_model_len: int | None = None
     enforce_eager: bool = False
     fusions: bool = True
+    deterministic: bool = False
     enable_prefix_caching: bool = True
     attention_backend: str | None = None
     scheduler: str = "fcfs"

@@ -84,6 +84,8 @@ class AttentionBackend(Protocol):
         prefer_runs: whether a request's blocks should lie in a row where they can.
         kernels: what computes the parts around attention, or None: the model's own modules do.
         sampling: what chooses tokens, or None: torch does.
+        deterministic: whether a token's results, those of `kernels` too, have the same bits whatever else is in the
+            batch, and however its row is cut in steps. Backends that don't say aren't.
         captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of its layout: they read
             lengths, tables and slots from the batch's tensors alone.
     """

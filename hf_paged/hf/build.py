@@ -1,35 +1,23 @@
-"""Building an engine over a Transformers model: plugins, backend, proof, engine."""
+"""Building an engine over a Transformers model: plugins, backend, engine, proof."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pluggy
-import torch
 from transformers import PreTrainedModel
 
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.staging import on_device
-from hf_paged.errors import UnsupportedModelError
-from hf_paged.hf.fusion.fusion import Fusion, acquire, release
-from hf_paged.hf.model import FlatModel
+from hf_paged.errors import ConfigError
+from hf_paged.hf.adopt import adopt
+from hf_paged.hf.fusion.fusion import Fusion, release
 from hf_paged.hf.spec import flat_model
-from hf_paged.hf.verify import try_fusion, verify
-from hf_paged.hf.weights import structure
-from hf_paged.protocols import AttentionBackend
 from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, RequestOutput
-
-logger = logging.getLogger(__name__)
-
-REHEARSED = (1, 16)  # tokens: those of the trials and of the first answers, to the kernels
-FAR = 4096  # where a model doesn't say how far its positions reach
 
 
 @dataclasses.dataclass
@@ -97,6 +85,8 @@ def build(
     flat = flat_model(model)
     name = plugins.choose_backend(manager, found, config, flat.spec)
     backend = plugins.made("attention backend", name, found.backends[name], flat.spec)
+    if config.deterministic and not getattr(backend, "deterministic", False):
+        raise ConfigError(f"deterministic=True, which the attention backend {name!r} doesn't offer")
     admission = _Admission(manager)
     engine = Engine(
         flat,
@@ -113,14 +103,8 @@ def build(
         seed=seed,
     )
     admission.engine = weakref.ref(engine)
-    # What is wrong with an option is said before.
-    with on_device(flat.spec.device):
-        unfused = _fuse(model, flat, backend, config)
-        try:
-            unfused = _verify(model, flat, backend, config) or unfused
-        except BaseException:
-            _unfuse(flat)
-            raise
+    with on_device(flat.spec.device):  # what is wrong with an option is said before
+        unfused = adopt(model, flat, backend, config)
     info = EngineInfo(type(model).__name__, config, name, config.scheduler, dict(plugins.loaded(manager)))
     built = Built(engine, info, manager, flat.fusion, unfused)
     try:
@@ -129,67 +113,6 @@ def build(
         built.close(error)
         raise
     return built
-
-
-def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
-    """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None."""
-    kernels = getattr(backend, "kernels", None)
-    if kernels is None or not config.fusions:
-        return "the attention backend has no kernels for it" if config.fusions else f"fusions={config.fusions}"
-    if torch.is_autocast_enabled(model.device.type):
-        return "autocast is on"
-    try:
-        far = max((flat.max_positions or FAR) - 1, 0)
-        flat.fusion = acquire(model, flat.layers, kernels, structure(model), far)
-        if flat.fusion.in_trial:
-            _rehearse(flat.fusion, flat, backend)
-            try_fusion(model, flat, backend, config.block_size)
-            flat.fusion.end_trial()
-    except Exception as error:
-        logger.warning("%s runs unfused, for a trial of its fused layers failed: %s", type(model).__name__, error)
-        _unfuse(flat)
-        return f"a trial failed: {type(error).__name__}: {error}"
-    return None
-
-
-def _rehearse(fusion: Fusion, flat: FlatModel, backend: AttentionBackend) -> None:
-    """Launch once what a first answer needs, side by side: a kernel is compiled when it is first launched."""
-    device = flat.spec.device
-    if device.type != "cuda":
-        return
-    calls = fusion.rehearsals(*REHEARSED)
-    sampling = getattr(backend, "sampling", None)
-    if sampling is not None:
-        logits = torch.zeros(1, flat.num_logits, dtype=flat.spec.dtype, device=device)
-        calls.append(partial(sampling.argmax, logits))
-
-    def launch(call: Callable[[], object]) -> None:
-        with torch.no_grad(), torch.cuda.device(device):
-            call()
-
-    if calls:
-        with ThreadPoolExecutor(len(calls)) as pool:
-            list(pool.map(launch, calls))
-
-
-def _unfuse(flat: FlatModel) -> None:
-    if flat.fusion is not None:
-        release(flat.fusion)
-        flat.fusion = None
-
-
-def _verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
-    """Prove the model; if it fails with fused forwards, without them. Returns why these were taken off, or None."""
-    try:
-        verify(model, flat, backend, config.block_size)
-    except UnsupportedModelError as error:
-        if flat.fusion is None:
-            raise
-        logger.warning("%s runs unfused, for with its fused layers %s", type(model).__name__, error)
-        _unfuse(flat)
-        verify(model, flat, backend, config.block_size)
-        return str(error)
-    return None
 
 
 class _Admission:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_paged.hf.attention import PagedStep, SeenLayer, stepping, switched
 from hf_paged.hf.fusion.fusion import Fusion
+from hf_paged.hf.invariant import InvariantOps
 from hf_paged.hf.weights import WeightWatch
 from hf_paged.protocols import LayerPlan
 from hf_paged.types import Batch, CacheSpec
@@ -28,6 +30,7 @@ class FlatModel:
 
     Attributes:
         fusion: the fused forwards that serve it, or None.
+        invariant: watches its forwards in deterministic mode, or None.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class FlatModel:
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.layers = layers
         self.fusion: Fusion | None = None
+        self.invariant: InvariantOps | None = None
         self._model = model
         self._modules = [layer.module for layer in layers]
         self._configs = configs
@@ -53,15 +57,18 @@ class FlatModel:
 
     def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:
         """See `PagedModel.forward`."""
-        return flat_forward(
-            self._model,
-            batch.input_ids,
-            batch.positions,
-            batch.logits_indices,
-            PagedStep(plan, self._modules, batch.logits_indices, self.fusion),
-            self._configs,
-            keeps_logits=self._keeps_logits,
-        )
+        if self.invariant is not None:
+            plan = self.invariant.trusting(plan)
+        with self.invariant or nullcontext():
+            return flat_forward(
+                self._model,
+                batch.input_ids,
+                batch.positions,
+                batch.logits_indices,
+                PagedStep(plan, self._modules, batch.logits_indices, self.fusion),
+                self._configs,
+                keeps_logits=self._keeps_logits,
+            )
 
     def fingerprint(self) -> Hashable:
         """See `PagedModel.fingerprint`."""

@@ -30,6 +30,7 @@ LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that the
 LONGEST_BLOCK = 64  # shorter blocks likewise, so that a row is seen to have several
 NEW = 3
 TRIAL_ROW = 8
+ALONE = (2, 9, 70)  # prompt lengths that take products of few and of many rows
 # What stock attention may run on in a trial: cuDNN's, torch's choice on an H100, takes a second to set up for it.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _switches = threading.Lock()  # torch's, which are the process's
@@ -77,6 +78,23 @@ def try_fusion(model: PreTrainedModel, flat: FlatModel, backend: AttentionBacken
     _paged(flat, backend, _prompts(model, flat.vocab_size, (TRIAL_ROW,)), block_size)
 
 
+def verify_invariance(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
+    """Compare rows' logits computed alone and at once with those computed together and in pieces, bit by bit.
+
+    Raises:
+        UnsupportedModelError: they differ.
+    """
+    rows = _prompts(model, flat.vocab_size, ALONE)
+    together, _ = _paged(flat, backend, rows, block_size)
+    for row, logits in zip(rows, together, strict=True):
+        ((alone,), _) = _paged(flat, backend, [row], block_size, most=max(ALONE))
+        if not all(map(torch.equal, alone, logits)):
+            raise UnsupportedModelError(
+                "deterministic=True: a row's logits alone and in a batch differ in some bit; a kernel adds up in an "
+                "order that depends on the batch"
+            )
+
+
 class _Recorder:
     """A greedy sampler that keeps the logits."""
 
@@ -104,14 +122,14 @@ def _prompts(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) ->
 
 
 def _paged(
-    flat: FlatModel, backend: AttentionBackend, rows: Sequence[list[int]], block_size: int
+    flat: FlatModel, backend: AttentionBackend, rows: Sequence[list[int]], block_size: int, most: int | None = None
 ) -> tuple[list[list[torch.Tensor]], list[list[int]]]:
-    """The logits that chose each new token, and the rows with those tokens."""
+    """The logits that chose each new token, and the rows with those tokens, in steps of `most` tokens, or a few."""
     blocks = sum(-(-(len(row) + NEW) // block_size) + 1 for row in rows)
     config = PagedConfig(
         block_size=block_size,
         num_blocks=blocks,
-        max_num_batched_tokens=4 + len(rows),
+        max_num_batched_tokens=most or 4 + len(rows),
         enable_prefix_caching=False,
         enforce_eager=True,
     )

@@ -124,6 +124,7 @@ def prefill_attention(
     alibi_slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    invariant: bool = False,
     impl: str = "triton",
     debug: bool = False,
 ) -> Tensor:
@@ -134,7 +135,8 @@ def prefill_attention(
     `decode_attention`, and query i of q sits at position seq_lens[r] - q + i: a prefill, a chunk over a prefix, or a
     decode row. Without, key and value are [tokens, kv heads, dim] beside the query, and rows have no prefix. The grid
     depends on shapes alone, so that a captured graph serves any batch of its size. Tokens behind the last row, and rows
-    of length 0, give zeros.
+    of length 0, give zeros. `invariant`, of paged calls: a token's result has the same bits whatever is beside it, and
+    whether its row has more queries or one.
     """
     device = query.device
     checks.implementation(impl, device)
@@ -143,6 +145,8 @@ def prefill_attention(
         raise ValueError("seq_lens and block_tables belong together: give both (paged) or neither (contiguous)")
     checks.tensor("query_start_loc", query_start_loc, 1, (torch.int32,), device)
     checks.vector("query_start_loc", query_start_loc, query_start_loc.shape[0], (torch.int32,), device)
+    if invariant and not paged:
+        raise ValueError("invariant=True needs block_tables: keys that come otherwise are added up in another order")
     if query_start_loc.shape[0] < 1:
         raise ValueError("query_start_loc is empty; it must hold rows + 1 numbers")
     if paged:
@@ -172,7 +176,7 @@ def prefill_attention(
     else:
         ops.prefill_attention(
             query, key, value, out, query_start_loc, seq_lens, block_tables, scale, window, softcap, sinks,
-            alibi_slopes, k_scale, v_scale,
+            alibi_slopes, k_scale, v_scale, invariant,
         )  # fmt: skip
     return out
 
@@ -322,13 +326,15 @@ def rms_norm(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     gemma: bool = False,
+    invariant: bool = False,
     impl: str = "triton",
 ) -> Tensor:
     """RMSNorm over the last dimension; returns `out`, of x's shape and dtype (default: new; it may be `x`).
 
     With `residual`, first residual += x, in place, and the sum is normed. weight [n], or None. `gemma`: the weight
     counts as 1 + weight, and nothing is rounded before the product. 3-D x may have any outer strides (heads of a merged
-    projection); other shapes must be contiguous.
+    projection); other shapes must be contiguous. `invariant`: a row's result has the same bits however many rows there
+    are.
     """
     checks.tensor("x", x, x.dim() if isinstance(x, Tensor) else 0, checks.FLOATS, getattr(x, "device", None))
     checks.implementation(impl, x.device)
@@ -349,7 +355,8 @@ def rms_norm(
     if impl == "torch":
         reference.rms_norm(x, weight, out, residual=residual, eps=eps, gemma=gemma)
     else:
-        ops.rms_norm(_three(x), weight, _three(out), None if residual is None else _three(residual), eps, gemma)
+        total = None if residual is None else _three(residual)
+        ops.rms_norm(_three(x), weight, _three(out), total, eps, gemma, invariant)
     return out
 
 
@@ -386,6 +393,7 @@ def linear(
     gemma: bool = False,
     residual: Tensor | None = None,
     gate: str | None = None,
+    invariant: bool = False,
     out: Tensor | None = None,
     impl: str = "triton",
 ) -> Tensor:
@@ -398,11 +406,13 @@ def linear(
     up. Then `residual` [tokens, n] is added. All is rounded once, at the end. `out` may be `residual`, and must not
     overlap x. A new `out` is contiguous.
 
-    Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. On Hopper the weights are read
-    before the kernel in front has ended, if that is one of this package: none of these may write weight or norm_weight
-    right before.
+    Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. `invariant`: a token's result has
+    the same bits however many tokens there are; x may be float32 then, and large tiles serve many tokens.
+
+    On Hopper the weights are read before the kernel in front has ended, if that is one of this package: none of these
+    may write weight or norm_weight right before.
     """
-    checks.tensor("x", x, 2, checks.HALVES, getattr(x, "device", None))
+    checks.tensor("x", x, 2, checks.FLOATS if invariant else checks.HALVES, getattr(x, "device", None))
     checks.implementation(impl, x.device)
     n = checks.linear(x, weight, bias, norm_weight, eps, residual, gate, tuple(KINDS))
     if out is None:
@@ -415,7 +425,7 @@ def linear(
             x, weight, out, bias=bias, norm_weight=norm_weight, eps=eps, gemma=gemma, residual=residual, gate=gate
         )
     else:
-        ops.linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, out)
+        ops.linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, invariant, out)
     return out
 
 

@@ -119,7 +119,6 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias, norm_weight, eps: float, residual, gate: str | None, kinds: tuple
 ) -> int:
     """Operands of a linear layer over x [tokens, k]; returns how many outputs a token has."""
-    tensor("x", x, 2, HALVES, x.device)
     dense_last("x", x)
     tensor("weight", weight, 2, (x.dtype,), x.device)
     shape("weight", weight, None, x.shape[1])

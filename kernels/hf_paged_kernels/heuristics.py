@@ -144,11 +144,24 @@ def prefill_config(head_dim: int, v_dim: int, q_itemsize: int, source: int, devi
 
 
 @cache
-def norm_config(n: int, rows: int) -> tuple[int, int]:
-    """(rows, warps) of a norm program over rows of n elements: 32 elements a thread where there are enough rows."""
+def invariant_prefill_config(head_dim: int, v_dim: int, q_itemsize: int, device: torch.device) -> PrefillConfig:
+    """The one tile of batch-invariant attention: small, for every decode row takes a program of its own for a head."""
+    wide = max(_padded(head_dim), _padded(v_dim))
+    if q_itemsize == 4 or wide > 128:
+        return PrefillConfig(block_m=64 if q_itemsize == 2 else 32, block_n=32, num_warps=4, num_stages=1)
+    stages = 3 if q_itemsize * (64 + 6 * 64) * wide <= _shared_memory(device) else 1
+    return PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=stages)
+
+
+@cache
+def norm_config(n: int, rows: int | None) -> tuple[int, int]:
+    """(rows, warps) of a norm program over rows of n elements: 32 elements a thread where there are enough rows.
+
+    Without `rows` whatever their number: how a row's sum is split among threads changes its last bit.
+    """
     width = 1 << (n - 1).bit_length()
     block_m = max(1, min(8192 // width, 16))
-    while block_m > 1 and rows <= block_m * 256:  # few rows, as in a decode step: rather more programs
+    while block_m > 1 and rows is not None and rows <= block_m * 256:  # few rows, as in a decode step: more programs
         block_m //= 2
     return block_m, max(1, min(16, block_m * width // 1024))
 
@@ -185,14 +198,19 @@ _LINEAR_GATED = {**_LINEAR, 16: (64, 256, 5, 5, False), 64: (128, 64, 8, 6, True
 
 
 @cache
-def linear_config(tokens: int, n: int, k: int, gated: bool, device: torch.device) -> LinearConfig:
-    """Launch parameters of a Hopper linear layer with `n` outputs a token (of a gated one: after the gate)."""
+def linear_config(
+    tokens: int, n: int, k: int, gated: bool, device: torch.device, *, splits: bool = True
+) -> LinearConfig:
+    """Launch parameters of a Hopper linear layer with `n` outputs a token (of a gated one: after the gate).
+
+    Without `splits` no two programs share a K, so that its products are added up in one order.
+    """
     block_t = max(8, min(64, 1 << max(tokens - 1, 0).bit_length()))
     block_n, block_k, stages, x_stages, early = (_LINEAR_GATED if gated else _LINEAR)[block_t]
     tiles = -(-n // (block_n // 2 if gated else block_n)) * -(-tokens // block_t)
     sms = sm_count(device)
     # Half the multiprocessors can stream all that the memory gives, but not for long: a large K is shared by two.
-    split = 2 if not gated and 2 * tiles <= sms and k >= 8192 and block_t in (8, 64) else 1
+    split = 2 if splits and not gated and 2 * tiles <= sms and k >= 8192 and block_t in (8, 64) else 1
     # Not fewer programs, though as few might take as long (gate and up: 112 for 448 tiles): at 8 and
     # 32 tokens that cost 1 to 3 % of a step.
     programs = min(tiles * split, sms)
@@ -209,8 +227,34 @@ def linear_serves(tokens: int, n: int, k: int) -> bool:
     return 1 <= tokens <= (32 if min(n, k) >= 8192 else 64) and min(n, k) >= 576 and k % 8 == 0
 
 
+@dataclass(frozen=True)
+class PortableConfig:
+    """Tile of a portable linear layer's program: `block_n` rows of weight by `block_k`, for `block_t` tokens."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
 @cache
-def portable_linear_config(tokens: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(tokens, rows, K, stages) of a portable linear layer's program; not tuned."""
+def portable_linear_config(tokens: int) -> PortableConfig:
+    """Launch parameters of a portable linear layer; not tuned."""
     block_t = max(16, min(64, 1 << max(tokens - 1, 0).bit_length()))
-    return block_t, 64 if block_t == 64 else 32, 64 if block_t == 64 else 128, 4
+    rows, k = (64, 64) if block_t == 64 else (32, 128)
+    return PortableConfig(block_t, rows, k, num_warps=4, num_stages=4)
+
+
+@cache
+def invariant_linear_config(tokens: int, itemsize: int, gated: bool, device: torch.device) -> PortableConfig:
+    """Launch parameters of a batch-invariant linear layer: of tiles that all add a token's products up in one order.
+
+    That order is K's, 16 elements at a time, in one accumulator, whatever the tile: nothing is split along K.
+    """
+    if itemsize == 4:
+        return PortableConfig(16, 64, 32, num_warps=4, num_stages=2)
+    large = PortableConfig(128, 64 if gated else 128, 64, num_warps=8, num_stages=3)
+    if tokens > 64 and _shared_memory(device) >= 2 * 64 * 3 * 256:
+        return large
+    return PortableConfig(64, 64, 64, num_warps=4, num_stages=3)

@@ -12,7 +12,13 @@ import triton.language as tl
 from . import norm
 from .activation import KINDS, activate
 from .common import await_previous, dot, overlap
-from .heuristics import linear_config, linear_serves, portable_linear_config
+from .heuristics import (
+    PortableConfig,
+    invariant_linear_config,
+    linear_config,
+    linear_serves,
+    portable_linear_config,
+)
 
 try:
     from . import hopper_linear
@@ -56,15 +62,14 @@ def _linear_kernel(
     tl.store(out_ptr + t[None, :] * stride_o + c[:, None], acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def _portable(x, weight, bias, residual, kind: int, out) -> None:
+def _portable(x, weight, bias, residual, kind: int, out, config: PortableConfig) -> None:
     tokens, k = x.shape
     n = out.shape[1]
-    block_t, block_n, block_k, stages = portable_linear_config(tokens, x.element_size())
     r = out if residual is None else residual
-    _linear_kernel[(triton.cdiv(n, block_n), triton.cdiv(tokens, block_t))](
+    _linear_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(tokens, config.block_t))](
         x, weight, bias, r, out, tokens, n, k, x.stride(0), weight.stride(0), r.stride(0), out.stride(0), KIND=kind,
-        BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=4, num_stages=stages, **overlap(x.device),
+        BIAS=bias is not None, RESIDUAL=residual is not None, BLOCK_T=config.block_t, BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages, **overlap(x.device),
     )  # fmt: skip
 
 
@@ -77,6 +82,7 @@ def linear(
     gemma: bool,
     residual: torch.Tensor | None,
     gate: str | None,
+    invariant: bool,
     out: torch.Tensor,
 ) -> None:
     """Writes `out`, which may be `residual`; see `api.linear`.
@@ -89,14 +95,18 @@ def linear(
         return
     if norm_weight is not None:
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        norm.rms_norm(x[:, None], norm_weight, normed[:, None], None, eps, gemma)
+        norm.rms_norm(x[:, None], norm_weight, normed[:, None], None, eps, gemma, invariant)
         x = normed
     kind = -1 if gate is None else KINDS[gate]
-    if hopper_linear is not None and hopper_linear.supports(x, weight):
-        config = linear_config(tokens, out.shape[1], k, gate is not None, x.device)
+    # The Hopper kernel reads the weights anew for every 64 tokens: more are served so only where nobody should ask.
+    if hopper_linear is not None and hopper_linear.supports(x, weight) and (tokens <= 64 or not invariant):
+        config = linear_config(tokens, out.shape[1], k, gate is not None, x.device, splits=not invariant)
         hopper_linear.linear(x, weight, bias, residual, kind, out, config)
-    else:
-        _portable(x, weight, bias, residual, kind, out)
+        return
+    tile = portable_linear_config(tokens)
+    if invariant:
+        tile = invariant_linear_config(tokens, x.element_size(), gate is not None, x.device)
+    _portable(x, weight, bias, residual, kind, out, tile)
 
 
 def serves(tokens: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:

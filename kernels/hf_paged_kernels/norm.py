@@ -50,13 +50,14 @@ def rms_norm(
     residual: torch.Tensor | None,
     eps: float,
     gemma: bool,
+    invariant: bool = False,
 ) -> None:
     """x, out, residual [outer, inner, n] with any outer strides; writes `out`, and x + residual into `residual`."""
     outer, inner, n = x.shape
     rows = outer * inner
     if not rows:
         return
-    block_m, num_warps = norm_config(n, rows)
+    block_m, num_warps = norm_config(n, None if invariant else rows)
     r = x if residual is None else residual
     _norm_kernel[(triton.cdiv(rows, block_m),)](
         x, weight, residual, out, eps, rows, inner, x.stride(0), x.stride(1), r.stride(0), r.stride(1),

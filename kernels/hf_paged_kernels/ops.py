@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import activation, cache, decode, norm, prefill, sampling
-from .heuristics import decode_config, decode_plan_shape, prefill_config
+from .heuristics import decode_config, decode_plan_shape, invariant_prefill_config, prefill_config
 from .linear import linear as run_linear
 
 try:
@@ -76,17 +76,21 @@ def decode_attention(
 def prefill_attention(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, query_start_loc: Tensor, seq_lens: Tensor | None,
     block_tables: Tensor | None, scale: float, window: int, softcap: float, sinks: Tensor | None,
-    alibi_slopes: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    alibi_slopes: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, invariant: bool,
 ) -> None:  # fmt: skip
     """See `prefill.prefill`; on Hopper `hopper.prefill` where it serves the call."""
     plain = not window and not softcap and all(x is None for x in (sinks, alibi_slopes, k_scale, v_scale))
-    if hopper is not None and hopper.supports(query, key, value, query_start_loc.shape[0] - 1, plain):
+    rows = query_start_loc.shape[0] - 1
+    if hopper is not None and not invariant and hopper.supports(query, key, value, rows, plain):
         hopper.prefill(query, key, value, out, query_start_loc, seq_lens, block_tables, scale)
         return
     source = prefill.PAGED
     if block_tables is None:
         source = prefill.DESCRIPTOR if prefill.descriptor_ready(key, value) else prefill.CONTIGUOUS
-    config = prefill_config(query.shape[2], value.shape[-1], query.element_size(), source, query.device)
+    sizes = query.shape[2], value.shape[-1], query.element_size()
+    config = (
+        invariant_prefill_config(*sizes, query.device) if invariant else prefill_config(*sizes, source, query.device)
+    )
     prefill.prefill(
         query, key, value, out, query_start_loc, seq_lens, block_tables, scale, window, softcap, sinks, alibi_slopes,
         k_scale, v_scale, config, source,
@@ -115,10 +119,10 @@ def copy_blocks(caches: list[Tensor], bases: Tensor, pairs: Tensor) -> None:
 
 @_op("rms_norm", "out", "residual")
 def rms_norm(
-    x: Tensor, weight: Tensor | None, out: Tensor, residual: Tensor | None, eps: float, gemma: bool
+    x: Tensor, weight: Tensor | None, out: Tensor, residual: Tensor | None, eps: float, gemma: bool, invariant: bool
 ) -> None:  # fmt: skip
     """See `norm.rms_norm`."""
-    norm.rms_norm(x, weight, out, residual, eps, gemma)
+    norm.rms_norm(x, weight, out, residual, eps, gemma, invariant)
 
 
 @_op("gated_activation", "out")
@@ -130,10 +134,10 @@ def gated_activation(gate: Tensor, up: Tensor, out: Tensor, kind: str) -> None:
 @_op("linear", "out")
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, eps: float, gemma: bool,
-    residual: Tensor | None, gate: str | None, out: Tensor,
+    residual: Tensor | None, gate: str | None, invariant: bool, out: Tensor,
 ) -> None:  # fmt: skip
     """See `linear.linear`."""
-    run_linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, out)
+    run_linear(x, weight, bias, norm_weight, eps, gemma, residual, gate, invariant, out)
 
 
 @_op("argmax", "out")

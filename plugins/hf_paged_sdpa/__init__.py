@@ -26,7 +26,7 @@ def register_attention_backends(
     def build(spec: CacheSpec) -> AttentionBackend:
         from hf_paged_sdpa.backend import SDPABackend
 
-        return SDPABackend()
+        return SDPABackend(config.deterministic)
 
     register(NAME, build)
 

@@ -10,19 +10,26 @@ import torch
 from hf_paged.protocols import KVCache, LayerPlan
 from hf_paged.types import Batch, Scheduled
 from hf_paged_sdpa.attend import attend, flash, flash_serves, merge, with_sinks
-from hf_paged_sdpa.kernels import TorchKernels, rotate
+from hf_paged_sdpa.kernels import TiledKernels, TorchKernels, rotate
 
 # Runs beyond this many are gathered first: a call costs more than copying a few blocks.
 MOST_RUNS = 4
 
 
 class SDPABackend:
-    """See the package."""
+    """See the package.
+
+    Args:
+        deterministic: see `AttentionBackend`; keys are copied then, and queries attend one by one.
+    """
 
     prefer_runs = True
     captures = False
-    kernels = TorchKernels()
     sampling = None
+
+    def __init__(self, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.kernels = TiledKernels() if deterministic else TorchKernels()
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Heads first: tokens of neighbouring blocks follow each other, and each head reads a contiguous stretch."""
@@ -30,7 +37,7 @@ class SDPABackend:
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
         """See `AttentionBackend.plan`."""
-        return SDPAPlan(batch, cache)
+        return OneByOne(batch, cache) if self.deterministic else SDPAPlan(batch, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +82,27 @@ class SDPAPlan:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `LayerPlan.run`."""
-        group = self._groups[layer]
         keys, values = self._cache.keys[layer].flatten(1, 2), self._cache.values[layer].flatten(1, 2)
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
+        group = self._groups[layer]
         keys.index_copy_(1, self._slots[group], key.transpose(0, 1))
         values.index_copy_(1, self._slots[group], value.transpose(0, 1))
+        return self._attend(group, query, key, value, keys, values, scale, softcap, sinks)
+
+    def _attend(
+        self,
+        group: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the step's queries over its own keys and those in the cache, of which its own are part."""
         rows = self._rows[group]
         pieces: list[torch.Tensor] = []
         if flash_serves(query, value, softcap) and sinks is None:
@@ -116,6 +138,47 @@ class SDPAPlan:
         """See `RotaryPlan.run_rotary`."""
         query, key = (rotate(x, cos, sin, interleaved=interleaved) for x in (query, key))
         return self.run(layer, query, key, value, scale=scale, softcap=softcap, sinks=sinks)
+
+
+class OneByOne(SDPAPlan):
+    """The same with each query for itself, over a copy of its keys: nothing tells in which step it came, and where."""
+
+    def __init__(self, batch: Batch, cache: KVCache) -> None:
+        super().__init__(batch, cache)
+        self._shares = batch.rows
+        self._windows = cache.spec.windows
+        self._block_size = cache.block_size
+
+    def _attend(
+        self,
+        group: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `SDPAPlan._attend`."""
+        window = self._windows[group]
+        queries = iter(query.view(len(query), key.shape[1], -1, 1, query.shape[-1]).unbind(0))
+        pieces = []
+        for share in self._shares:
+            first = 0 if window is None else max(0, share.start - window + 1)
+            runs = _runs(share.request.tables[group], first, share.end, self._block_size)
+            seen, held = (torch.cat([x[:, run.start : run.stop] for run in runs], 1) for x in (keys, values))
+            for position in range(share.start, share.end):
+                low = 0 if window is None else max(0, position - window + 1) - first
+                own = slice(low, position + 1 - first)
+                # From the first key on they lie as they are; others are copied to where every tensor begins.
+                k, v = (x[:, own].clone() if low else x[:, own] for x in (seen, held))
+                output, lse = attend(next(queries), k, v, scale, softcap=softcap)
+                if sinks is not None:
+                    output = with_sinks(output, lse, sinks)
+                pieces.append(output.reshape(1, -1, output.shape[-1]))
+        return torch.cat(pieces)
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional
 from hf_paged.protocols import Norm
 
 FEW_ROWS = 256  # to which the weight is the left operand of a product, as measured with MKL in float32
+TILE = 16  # rows of each product in deterministic mode
 
 
 class TorchKernels:
@@ -33,10 +34,7 @@ class TorchKernels:
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
         """See `Kernels.gated`."""
-        gate, up = _product(x if norm is None else self.norm(x, norm), weight).chunk(2, -1)
-        if kind == "silu":
-            return functional.silu(gate).mul_(up)
-        return functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none").mul_(up)
+        return _gated(_product(x if norm is None else self.norm(x, norm), weight), kind)
 
     def add_linear(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -48,6 +46,42 @@ class TorchKernels:
             total.addmm_(x, weight.t())
         if bias is not None:
             total.add_(bias)
+
+
+class TiledKernels(TorchKernels):
+    """The same for deterministic mode: products of one shape, in which a row has its bits whatever is beside it."""
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        out = _tiled(x if norm is None else self.norm(x, norm), weight)
+        return out if bias is None else out.add_(bias)
+
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
+        """See `Kernels.gated`."""
+        return _gated(self.linear(x, weight, None, norm), kind)
+
+    def add_linear(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """See `Kernels.add_linear`."""
+        total.add_(self.linear(x, weight, bias))
+
+
+def _tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `_product`, TILE rows at a time; the last ones are filled up with zeros."""
+    rows = len(x)
+    padded = x.new_zeros(-(-rows // TILE) * TILE, x.shape[1])
+    padded[:rows] = x
+    return torch.cat([torch.mm(weight, tile.t()).t() for tile in padded.split(TILE)])[:rows].contiguous()
+
+
+def _gated(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    if kind == "silu":
+        return functional.silu(gate).mul_(up)
+    return functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none").mul_(up)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def register_attention_backends(
             raise ValueError(reason)
         from hf_paged_triton.backend import TritonBackend
 
-        return TritonBackend(spec, config.block_size)
+        return TritonBackend(spec, config.block_size, config.deterministic)
 
     if config.block_size in BLOCK_SIZES or config.attention_backend == NAME:
         register(NAME, build)

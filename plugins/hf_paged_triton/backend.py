@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_paged.protocols import KVCache, LayerPlan
 from hf_paged.types import Batch, CacheSpec
 from hf_paged_triton import compiling
-from hf_paged_triton.kernels import TritonKernels, TritonSampling
+from hf_paged_triton.kernels import InvariantKernels, TritonKernels, TritonSampling
 from hf_paged_triton.plan import TritonPlan
 
 
@@ -14,15 +14,18 @@ class TritonBackend:
 
     Args:
         spec, block_size: of the cache that it will serve; on a GPU its kernels begin to compile at once.
+        deterministic: see `AttentionBackend`.
     """
 
     prefer_runs = False
     captures = True
-    kernels = TritonKernels()
     sampling = TritonSampling()
 
-    def __init__(self, spec: CacheSpec | None = None, block_size: int = 16) -> None:
-        self._compiling = compiling.start(spec, block_size) if spec and spec.device.type == "cuda" else []
+    def __init__(self, spec: CacheSpec | None = None, block_size: int = 16, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.kernels = InvariantKernels() if deterministic else TritonKernels()
+        compiles = spec is not None and spec.device.type == "cuda"
+        self._compiling = compiling.start(spec, block_size, deterministic) if spec and compiles else []
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """Blocks first, then tokens: a token's heads lie side by side, as the cache write and the copy engine want."""
@@ -32,4 +35,4 @@ class TritonBackend:
         """See `AttentionBackend.plan`."""
         while self._compiling:
             self._compiling.pop().join()
-        return TritonPlan(batch, cache)
+        return TritonPlan(batch, cache, self.deterministic)

@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 TOKENS = 32
 
 
-def start(spec: CacheSpec, block_size: int) -> list[threading.Thread]:
+def start(spec: CacheSpec, block_size: int, deterministic: bool) -> list[threading.Thread]:
     """Begin to compile; join the threads before the first launch that counts."""
-    jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in (_decode, _paged, _fresh, _write)]
+    kinds = (_invariant, _write) if deterministic else (_decode, _paged, _fresh, _write)
+    jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in kinds]
     threads = [threading.Thread(target=_run, args=(*job, spec, block_size), daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
@@ -64,7 +65,7 @@ def _decode(layer: LayerSpec, x: _Zeros) -> None:
     )
 
 
-def _paged(layer: LayerSpec, x: _Zeros) -> None:
+def _paged(layer: LayerSpec, x: _Zeros, invariant: bool = False) -> None:
     kernels.prefill_attention(
         x.query,
         x.keys,
@@ -74,7 +75,12 @@ def _paged(layer: LayerSpec, x: _Zeros) -> None:
         seq_lens=x.lengths,
         block_tables=x.tables,
         window=layer.window or 0,
+        invariant=invariant,
     )
+
+
+def _invariant(layer: LayerSpec, x: _Zeros) -> None:
+    _paged(layer, x, invariant=True)
 
 
 def _fresh(layer: LayerSpec, x: _Zeros) -> None:

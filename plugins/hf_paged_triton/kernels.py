@@ -53,6 +53,38 @@ class TritonKernels:
             total.add_(bias)
 
 
+class InvariantKernels:
+    """The same for deterministic mode: a token's result has the same bits whatever tokens are beside it.
+
+    cuBLAS is no help there, for it chooses how to add products up by how many tokens there are.
+    """
+
+    def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
+        """See `Kernels.compiles`."""
+        return True
+
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `Kernels.norm`."""
+        weight, eps, gemma = norm
+        return kernels.rms_norm(x, weight, eps=eps, gemma=gemma, invariant=True)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """See `Kernels.linear`."""
+        return kernels.linear(x, weight, bias=bias, invariant=True, **_normed(norm))
+
+    def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
+        """See `Kernels.gated`."""
+        return kernels.linear(x, weight, gate=kind, invariant=True, **_normed(norm))
+
+    def add_linear(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """See `Kernels.add_linear`."""
+        kernels.linear(x, weight, bias=bias, residual=total, out=total, invariant=True)
+
+
 class TritonSampling:
     """See `hf_paged.protocols.SamplingKernels`."""
 

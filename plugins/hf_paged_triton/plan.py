@@ -11,7 +11,7 @@ import torch
 import hf_paged_kernels as kernels
 from hf_paged.protocols import KVCache
 from hf_paged.types import Batch, LayerSpec
-from hf_paged_triton.stretches import Stretch, stretches
+from hf_paged_triton.stretches import Stretch, one_stretch, stretches
 
 
 class TritonPlan:
@@ -20,7 +20,8 @@ class TritonPlan:
     It never waits for the device.
     """
 
-    def __init__(self, batch: Batch, cache: KVCache) -> None:
+    def __init__(self, batch: Batch, cache: KVCache, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
         self._cache = cache
         self._layers = cache.spec.layers
         self._groups = [cache.spec.group_of(layer) for layer in range(len(self._layers))]
@@ -31,7 +32,7 @@ class TritonPlan:
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         with self._on_device:
-            self._decode, self._paged, self._fresh = stretches(batch)
+            self._decode, self._paged, self._fresh = (one_stretch if deterministic else stretches)(batch)
             self._workspaces = {} if self._decode is None else _workspaces(self._decode, cache)
 
     def run(
@@ -104,6 +105,7 @@ class TritonPlan:
             if rows := self._paged:
                 own, starts = rows.tokens, rows.query_start_loc
                 lengths: dict[str, Any] = {"seq_lens": rows.seq_lens, "block_tables": rows.block_tables[group]}
+                lengths["invariant"] = self._deterministic
                 kernels.prefill_attention(query[own], keys, values, starts, out=out[own], **lengths, **options)
             if rows := self._fresh:
                 own, starts = rows.tokens, rows.query_start_loc

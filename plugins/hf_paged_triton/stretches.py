@@ -29,6 +29,15 @@ class Stretch:
     block_tables: list[torch.Tensor]
 
 
+def one_stretch(batch: Batch) -> tuple[None, Stretch | None, None]:
+    """All rows as rows between: one kernel, and one way to add a token's keys up, whatever its row is."""
+    starts = batch.row_starts
+    if len(starts) == 1:
+        return None, None, None
+    tables = [_table(table) for table in batch.block_tables]
+    return None, Stretch(slice(0, starts[-1]), batch.query_start_loc, batch.seq_lens, tables), None
+
+
 def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | None]:
     """The leading rows of one query; the last rows, whose keys are all of this step; those between.
 

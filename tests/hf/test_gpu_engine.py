@@ -136,6 +136,25 @@ def test_an_adapter_takes_effect():
             assert torch.equal(model.generate(prompt, **KWARGS), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_deterministic_results_do_not_depend_on_the_batch(family, dtype):
+    model = build(family).to(dtype).cuda()
+    prompts = zoo.prompts(3, [3, 90, 14, 20, 6, 26, 150, 17] * 10)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
+
+    def results(llm, prompts):
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        return [(out.token_ids, [{t: e.logprob for t, e in at.items()} for at in out.logprobs]) for out in outputs]
+
+    with LLM(model, deterministic=True, max_num_batched_tokens=128, **SMALL) as llm:
+        together = results(llm, prompts)
+        assert graphs_of(llm)._graphs
+    with LLM(model, deterministic=True, enforce_eager=True, **SMALL) as llm:
+        assert [results(llm, [prompt])[0] for prompt in prompts[:8]] == together[:8]
+        assert results(llm, prompts[:8]) == together[:8]  # from the prefix cache
+
+
 def test_memory_is_given_back():
     model = build("llama").cuda()
     for _ in range(2):  # the first one leaves cuBLAS its workspaces

@@ -122,7 +122,18 @@ def test_custom_ops(kit):
     starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
     check(
         ops.prefill_attention.op,
-        (*tensors[:3], torch.empty_like(a["query"]), starts, a["seq_lens"], tensors[3], 0.2, 0, 0.0, *[None] * 4),
+        (
+            *tensors[:3],
+            torch.empty_like(a["query"]),
+            starts,
+            a["seq_lens"],
+            tensors[3],
+            0.2,
+            0,
+            0.0,
+            *[None] * 4,
+            False,
+        ),
         test_utils=tests,
     )
     key, slots = torch.randn(2, 2, 32, device=DEVICE), torch.tensor([3, 17], device=DEVICE)
@@ -138,7 +149,7 @@ def test_custom_ops(kit):
     nothing = torch.full((1, 2), -1, device=DEVICE)  # opcheck clones what is mutated: the addresses would be stale
     check(ops.copy_blocks.op, (list(caches), bases, nothing), test_utils=tests)
     x = torch.randn(3, 1, 64, device=DEVICE)
-    check(ops.rms_norm.op, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False), test_utils=tests)
+    check(ops.rms_norm.op, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False, False), test_utils=tests)
     check(ops.gated_activation.op, (x[:, 0], x[:, 0].clone(), torch.empty_like(x[:, 0]), "silu"), test_utils=tests)
     check(ops.argmax.op, (x[:, 0], torch.empty(3, dtype=torch.int64, device=DEVICE)), test_utils=tests)
     row = torch.ones(3, device=DEVICE)

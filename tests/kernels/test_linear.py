@@ -220,7 +220,8 @@ def test_custom_op_and_compile():
     from hf_paged_kernels import ops
 
     x, weight, options = case(3, 32, 64, norm=True, residual=True, gate="silu")
-    arguments = (x, weight, None, options["norm_weight"], 1e-5, False, options["residual"], "silu", x.new_empty(3, 32))
+    norm = options["norm_weight"], 1e-5, False
+    arguments = (x, weight, None, *norm, options["residual"], "silu", False, x.new_empty(3, 32))
     torch.library.opcheck(ops.linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda x, w: kernels.linear(x, w) + 1, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), kernels.linear(x, weight) + 1)

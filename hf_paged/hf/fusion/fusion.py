@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.attention import SeenLayer
 from hf_paged.hf.fusion.forward import FusedForward, HeadForward, LayerForward, NormForward
 from hf_paged.hf.fusion.layer import ROTATIONS, FusedLayer
@@ -28,14 +29,21 @@ class Fusion:
         model: the live module.
         layers: its attention layers, as they were seen.
         kernels: what the fused forwards launch.
+        kind: of kernels; see `acquire`.
         key: what the model was looked at with; see `acquire`.
         far: a position near the last one that the model has.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable, far: int
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[SeenLayer],
+        kernels: Kernels,
+        kind: Hashable,
+        key: Hashable,
+        far: int,
     ) -> None:
-        self.key = key
+        self.kind, self.key = kind, key
         self._far = far
         self.users = 0
         self._kernels = kernels
@@ -174,20 +182,33 @@ _lock = threading.Lock()
 _PLACE = "_hf_paged_fusion"  # where a model holds its fusion: what holds the model in turn must go with it
 
 
-def acquire(model: PreTrainedModel, layers: Sequence[SeenLayer], kernels: Kernels, key: Hashable, far: int) -> Fusion:
+def acquire(
+    model: PreTrainedModel,
+    layers: Sequence[SeenLayer],
+    kernels: Kernels,
+    kind: Hashable,
+    key: Hashable,
+    far: int,
+) -> Fusion:
     """The fusion of a model, shared by its engines until each has released it.
 
     Args:
+        kernels, kind: what the fused forwards launch, and what tells them from other kernels.
         key: what the model was looked at with; a fusion of another key is void.
         far: a position near the last one that the model has.
+
+    Raises:
+        UnsupportedModelError: another engine of the model has it fused with kernels of another kind.
     """
     with _lock:
         found: Fusion | None = vars(model).get(_PLACE)
+        if found is not None and found.key == key and found.kind != kind:
+            raise UnsupportedModelError("another engine of this model has its layers fused with other kernels")
         if found is not None and found.key != key:
             found.undo()
             found = None
         if found is None:
-            found = Fusion(model, layers, kernels, key, far)
+            found = Fusion(model, layers, kernels, kind, key, far)
         found.users += 1
         return found
 
