@@ -14,7 +14,7 @@ import hf_paged
 from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import add_model_options
-from hf_paged.bench import kernels, latency, models, serve, throughput
+from hf_paged.bench import kernels, latency, logprobs, models, serve, soak, throughput
 from hf_paged.config import PagedConfig
 from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
@@ -61,6 +61,8 @@ def _add_bench_parser(subparsers: Any) -> None:
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     throughput.add_parser(benchmarks)
     latency.add_parser(benchmarks)
+    logprobs.add_parser(benchmarks)
+    soak.add_parser(benchmarks)
     kernels.add_parser(benchmarks)
     serve.add_parser(benchmarks)
 
