@@ -90,10 +90,10 @@ class BatchBuilder:
         return np.where(positions < 0, -1, slots)
 
 
-def idle_batch(tokens: int, num_groups: int, device: torch.device) -> Batch:
+def idle_batch(tokens: int, num_groups: int, block_size: int, device: torch.device) -> Batch:
     """One prompt of so many tokens that leaves nothing in the cache."""
     slots = torch.full((tokens,), -1, device=device)
-    table = torch.zeros(1, WIDTH_STEP, dtype=torch.int32, device=device)
+    table = torch.zeros(1, table_width(tokens, block_size), dtype=torch.int32, device=device)
     return Batch(
         rows=(),
         input_ids=torch.zeros(tokens, dtype=torch.int64, device=device),

@@ -61,7 +61,8 @@ class Runner:
         if self._graphs is not None:
             self._graphs.capture_all(cache)
         if self._captures:  # what a first step of this size allocates and loads, it finds
-            batch = idle_batch(tokens, len(self._model.spec.windows), self._model.spec.device)
+            spec = self._model.spec
+            batch = idle_batch(tokens, len(spec.windows), cache.block_size, spec.device)
             self._model.forward(batch, self._backend.plan(batch, cache))
 
     def forget_graphs(self) -> None:

@@ -93,7 +93,7 @@ def prefill_attention(
     )
     prefill.prefill(
         query, key, value, out, query_start_loc, seq_lens, block_tables, scale, window, softcap, sinks, alibi_slopes,
-        k_scale, v_scale, config, source,
+        k_scale, v_scale, config, source, invariant,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _prefill_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, SOURCE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    INVARIANT: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """TOKENS_M query tokens of one row, times HEADS_M heads of one KV head, against all keys they see.
 
@@ -160,6 +160,10 @@ def _prefill_kernel(
         edge = tl.cdiv(tl.maximum(last_pos - window + 1, 0), BLOCK_N) * BLOCK_N
         full = tl.maximum(full, lo)
         edge = tl.minimum(edge, full)
+    if INVARIANT:
+        # Which keys a query's neighbours see must not decide which loop its keys are in: they round differently.
+        edge = lo
+        full = lo
     kv_start = q_start
     table = table_ptr + row.to(tl.int64) * stride_tr
     k_from = k_src
@@ -229,6 +233,7 @@ def prefill(
     v_scale: torch.Tensor | None,
     config: PrefillConfig,
     source: int,
+    invariant: bool,
 ) -> None:
     """Writes `out`. key, value: caches [blocks, page, heads, dim] with `block_tables`, else [tokens, heads, dim]."""
     tokens, heads, dim = query.shape
@@ -259,6 +264,6 @@ def prefill(
         BLOCK_V=triton.next_power_of_2(max(v_dim, 16)), PAGE=key.shape[1] if paged else 1,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_ROWS=triton.next_power_of_2(max(rows + 1, 16)),
         SOURCE=source, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        ALIBI=alibi_slopes is not None, SCALED=scaled, SPECIALIZE=False,
+        ALIBI=alibi_slopes is not None, SCALED=scaled, INVARIANT=invariant, SPECIALIZE=False,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

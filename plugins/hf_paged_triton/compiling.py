@@ -23,7 +23,7 @@ TOKENS = 32
 
 def start(spec: CacheSpec, block_size: int, deterministic: bool) -> list[threading.Thread]:
     """Begin to compile; join the threads before the first launch that counts."""
-    kinds = (_invariant, _write) if deterministic else (_decode, _paged, _fresh, _write)
+    kinds = (_invariant, _write) if deterministic else (_decode, _paged, _write)
     jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in kinds]
     threads = [threading.Thread(target=_run, args=(*job, spec, block_size), daemon=True) for job in jobs]
     for thread in threads:
@@ -83,12 +83,7 @@ def _invariant(layer: LayerSpec, x: _Zeros) -> None:
     _paged(layer, x, invariant=True)
 
 
-def _fresh(layer: LayerSpec, x: _Zeros) -> None:
-    kernels.prefill_attention(x.query, x.key, x.value, x.starts, scale=1.0, window=layer.window or 0)
-
-
 def _write(layer: LayerSpec, x: _Zeros) -> None:
     slots = torch.full((TOKENS,), -1, dtype=torch.int64, device=x.key.device)
     cos, sin = torch.zeros(2, TOKENS, layer.head_dim // 2, dtype=x.key.dtype, device=x.key.device)
-    for rotated in (None, x.key):
-        kernels.write_cache(x.key, x.value, x.keys, x.values, slots, query=x.query, cos=cos, sin=sin, key_out=rotated)
+    kernels.write_cache(x.key, x.value, x.keys, x.values, slots, query=x.query, cos=cos, sin=sin)

@@ -16,7 +16,7 @@ def rand(*shape, dtype=torch.bfloat16, scale=1.0):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (576, 1536), (1000, 72)])
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (1000, 72)])
 @pytest.mark.parametrize("gate", [None, "silu"])
 def test_linear_rows(dtype, n, k, gate):
     import hf_paged_kernels as kernels
@@ -32,7 +32,7 @@ def test_linear_rows(dtype, n, k, gate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [64, 128, 576, 4096])
+@pytest.mark.parametrize("n", [128, 576, 4096])
 def test_norm_rows(dtype, n):
     import hf_paged_kernels as kernels
 
@@ -43,8 +43,8 @@ def test_norm_rows(dtype, n):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80])
 @pytest.mark.parametrize("extra", [{}, {"window": 100}, {"softcap": 20.0}, {"sinks": True}])
 def test_attention_whole_in_chunks_and_token_by_token(dtype, dim, extra):
     import hf_paged_kernels as kernels

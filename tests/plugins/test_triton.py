@@ -25,6 +25,7 @@ from hf_paged.hf.spec import flat_model
 from hf_paged.params import SamplingParams
 from hf_paged.types import CacheSpec, LayerSpec, Request, Sampled, Scheduled, Step
 from hf_paged_sdpa.backend import SDPABackend
+from hf_paged_triton import stretches
 from hf_paged_triton.backend import TritonBackend
 
 pytest.importorskip("triton")
@@ -45,6 +46,11 @@ BATCHES = {
     "chunks, prompts": CHUNKS[:2] + FRESH[:1],
     "in no order": [FRESH[1], DECODE[1], CHUNKS[2], FRESH[0], DECODE[2], (0, 1)],
 }
+
+
+@pytest.fixture(autouse=True)
+def prompts_of_any_length_are_fresh(monkeypatch):
+    monkeypatch.setattr(stretches, "FRESH_TOKENS", 1)
 
 
 # --------------------------------------------------------------------------------------------------------- one layer
@@ -96,9 +102,21 @@ def scheduled(table, start, count):
     return Scheduled(request, start, count)
 
 
-def check(rows, *, heads=4, kv_heads=2, dim=16, value_dim=None, window=None, dtype=torch.float32, seed=0, **options):
+def check(
+    rows,
+    *,
+    heads=4,
+    kv_heads=2,
+    dim=16,
+    value_dim=None,
+    window=None,
+    dtype=torch.float32,
+    seed=0,
+    deterministic=False,
+    **options,
+):
     layer = LayerSpec(heads, kv_heads, dim, value_dim or dim, window)
-    got = run(TritonBackend(), layer, rows, dtype=dtype, device=DEVICE, seed=seed, **options)
+    got = run(TritonBackend(deterministic=deterministic), layer, rows, dtype=dtype, device=DEVICE, seed=seed, **options)
     right = run(SDPABackend(), layer, rows, dtype=torch.float64, device=CPU, source=dtype, seed=seed, **options)
     assert (got.dtype, got.device.type, got.shape) == (dtype, DEVICE.type, right.shape)
     torch.testing.assert_close(got.cpu().double(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -107,6 +125,13 @@ def check(rows, *, heads=4, kv_heads=2, dim=16, value_dim=None, window=None, dty
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
 def test_batches(rows):
     check(rows)
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
+def test_short_prompts_and_deterministic_rows_are_read_through_their_tables(monkeypatch, rows):
+    check(rows, deterministic=True, window=9)
+    monkeypatch.undo()
+    check(rows, window=9)
 
 
 @pytest.mark.parametrize("window", [1, 7, 20])
