@@ -29,7 +29,9 @@ def add_parser(subparsers: Any) -> None:
         "tokens between the two, is the time of a step. The last line on stdout is JSON.",
     )
     known = ", ".join(UNIFORM)
-    parser.add_argument("--workload", default="B,C,D,E", help=f"some of {known} (default: all)")
+    parser.add_argument(
+        "--workload", default="B,C,D,E", help=f"some of {known} (default: all); none: the time to the first token alone"
+    )
     parser.add_argument("--engine", default="hf_paged", help=f"one of {', '.join(engines.ENGINES)}")
     parser.add_argument("--model", help="name or directory (default: a random 8B model)")
     add_model_options(parser)
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if engine == "hf_paged":
         first = time_to_first_token(model, options)
         console.print(f"from the model on its device to the first token of B: {first:.2f} s")
-    measured = measure(model, engine, workloads, args.repeats, options)
+    measured = measure(model, engine, workloads, args.repeats, options) if workloads else {}
     summary = {
         "benchmark": "latency",
         "engine": engine,
@@ -115,7 +117,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _pick(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
+    names = [name for name in text.split(",") if name and text != "none"]
     for name in names:
         if name not in UNIFORM:
             raise ConfigError(f"unknown workload {name!r}; known are {', '.join(UNIFORM)}")
