@@ -35,8 +35,10 @@ a plugin's routes have them too: nothing more is needed to be behind the API key
         request_started(record)     stats.RequestRecord, once its prompt is tokenised and it was accepted
         tokens(record, count, gap)  `count` new tokens, `gap` seconds after the ones before (None: first)
         request_finished(record)    with every time and count filled in, however it ended (`record.finish_reason`:
-                                    stop, length, abort, error, deadline, queue_timeout)
-        request_refused(reason)     turned away before it began: queue_full, draining, not_ready, invalid
+                                    stop, length, abort, error, deadline, queue_timeout, or refused: the engine
+                                    turned it away before it ran)
+        request_refused(reason)     a call was turned away before it began: queue_full, draining, not_ready, or by the
+                                    engine, after request_started: invalid (a 400), rejected (by a plugin)
         engine_stats(stats)         messages.EngineStats of one replica, about 5 times a second while it works, and
                                     once a second idle; holds `steps`, a list of messages.StepRecord since the last
         engine_restarted(replica, why)
@@ -44,8 +46,9 @@ a plugin's routes have them too: nothing more is needed to be behind the API key
     stats.engines                   the latest EngineStats of each replica, by its index
     stats.totals                    stats.Totals: counters since the server began, over all replicas and restarts
     stats.recent                    the last 1,000 finished RequestRecords, oldest first
-    stats.watch_blocks(seconds)     ask the engines to send `EngineStats.blocks` (request id -> block ids, shared blocks
-                                    appear under several) for so long; nothing is sent unless someone watches
+    stats.watch_blocks(seconds)     ask the engines to send the `blocks` of each `messages.BlockGroup` in
+                                    `EngineStats.groups` (request id -> block ids, shared blocks appear under several)
+                                    for so long; they are not sent unless someone watches
 
 A `RequestRecord` has the incoming W3C `traceparent` header and start and end times in `time.time_ns()`, which is what
 spans need; `stats.RequestRecord`'s docstring lists all. Ids are the engine's own (`record.request_id`); the id that the
@@ -54,9 +57,10 @@ client sent or got is `record.client_id`.
 **Structured output.** The constraint travels as `SamplingParams.structured_outputs`. The front makes it of
 `response_format`, of vLLM's `structured_outputs`, and of `tool_choice` "required" or by name, and sends its fields; the
 engine process builds the Request, has `plugins.constrain(manager, request, tokenizer)` give it its `constraint` in a
-thread beside the step loop, and then adds it. What that raises as ConfigError or InvalidRequestError becomes a 400.
-A request that resumes after a crash comes with the tokens it had (`Request(resume_from=...)`): the constraint finds
-them in `request.output_token_ids` when it is made, and has to take them in.
+thread beside the step loop, and then adds it. What that raises as ConfigError or InvalidRequestError becomes a 400, and
+the request ends as refused. A request that resumes after a crash comes with the tokens it had
+(`Request(resume_from=...)`): the constraint finds them in `request.output_token_ids` when it is made, and has to take
+them in.
 
 **Refusals.** Raise `errors.APIError(status, message, param=…, code=…)` in a route: it becomes OpenAI's error body.
 """

@@ -20,6 +20,7 @@ from hf_paged.params import SamplingParams
 from hf_paged.server.messages import (
     Abort,
     Add,
+    BlockGroup,
     Delta,
     Deltas,
     EngineStats,
@@ -181,9 +182,9 @@ class EngineLoop:
             self._refuse(request.request_id, error)
 
     def _refuse(self, name: str, error: Exception) -> None:
-        after = error.retry_after if isinstance(error, RequestRejectedError) else None
-        refusal = Delta(name, finish="error", error=str(error), error_kind=_kind(error), retry_after=after)
-        self._refused.append(refusal)
+        after, kind = error.retry_after if isinstance(error, RequestRejectedError) else None, _kind(error)
+        finish = "error" if kind == "internal" else "refused"  # what broke here is no fault of the request's
+        self._refused.append(Delta(name, finish=finish, error=str(error), error_kind=kind, retry_after=after))
 
     # ------------------------------------------------------------------------------------------------------ the outbox
 
@@ -217,9 +218,6 @@ class EngineLoop:
     def _stats(self, now: float, busy: bool) -> EngineStats:
         scheduler, stats = self._engine.scheduler, self._engine.stats
         running = list(scheduler.running)
-        blocks = None
-        if now < self._watched_until:
-            blocks = {request.request_id: list(request.tables[0]) for request in running if request.tables}
         return EngineStats(
             replica=self._replica,
             time=now,
@@ -235,8 +233,18 @@ class EngineLoop:
             prefix_hits=stats.prefix_hits,
             preemptions=stats.num_preemptions,
             steps=self._log.take(),
-            blocks=blocks,
+            groups=self._groups([request for request in running if request.tables], watched=now < self._watched_until),
         )
+
+    def _groups(self, holders: list[Request], *, watched: bool) -> list[BlockGroup]:
+        tables = self._engine.pool.tables
+        made = self._engine.stats.num_blocks > 0
+        found = []
+        for group, (window, pool) in enumerate(zip(tables.windows, tables.pools, strict=True)):
+            blocks = {one.request_id: list(one.tables[group]) for one in holders} if watched else None
+            num_blocks, num_free = (pool.num_blocks - 1, pool.num_free) if made else (0, 0)
+            found.append(BlockGroup(window, num_blocks, num_free, blocks))
+        return found
 
 
 class _Carried:

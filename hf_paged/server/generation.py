@@ -77,6 +77,7 @@ class Call:
         self._trace = request.headers.get("traceparent")
         self._arrival = time.monotonic()
         self._cached = 0
+        self._refused = False
         self._open = True
         self._lifecycle.in_flight += 1
 
@@ -233,6 +234,7 @@ class Call:
 
     async def _pieces_of(self, choice: Choice) -> AsyncIterator[Piece]:
         async for delta in choice.stream:
+            self._note_refusal(delta)
             _check(delta)
             piece = choice.text.add(delta)
             if choice.submission.parent is None:  # the others share what the first one computes
@@ -242,6 +244,12 @@ class Call:
             yield piece
             if piece.finish_reason is not None:
                 return
+
+    def _note_refusal(self, delta: Delta) -> None:
+        """Count a call of which the engine refuses a sequence, once."""
+        if delta.finish == "refused" and not self._refused:
+            self._refused = True
+            self._stats.refused(delta.error_kind or "refused")
 
     def usage(self) -> Usage:
         """Token counts so far: each prompt once."""
@@ -261,8 +269,9 @@ class Call:
             return
         self._open = False
         self._lifecycle.in_flight -= 1
-        for choice in self.choices:
-            self.engine.abort(choice.submission)
+        for choice in self.choices:  # what didn't run shares the refusal of its call
+            ran = choice.submission.record.first_token is not None
+            self.engine.abort(choice.submission, "refused" if self._refused and not ran else "abort")
 
 
 def _check(delta: Delta) -> None:
@@ -275,7 +284,7 @@ def _check(delta: Delta) -> None:
         )
     if delta.finish == "abort":
         raise APIError(503, "the request was aborted: the server is shutting down", code="aborted", retry_after=5)
-    if delta.finish == "error":
+    if delta.finish in ("error", "refused"):
         message = delta.error or "the request failed"
         if delta.error_kind == "invalid":
             raise invalid(message)

@@ -107,9 +107,9 @@ class Delta(msgspec.Struct, array_like=True):
         logprobs: for each new token, where asked for.
         prompt_logprobs: once, with the first token, where asked for; None for the first prompt token.
         cached: prompt tokens that the prefix cache gave; once, with the first token.
-        finish: stop, length, abort or error at the end; else None.
+        finish: stop, length, abort, error or refused at the end; else None. refused: turned away before it ran.
         stop_reason: the stop token's id, if one ended it.
-        error: what went wrong, if `finish` is error. error_kind: invalid, rejected or internal.
+        error: what went wrong, if `finish` is error or refused. error_kind: invalid, rejected or internal.
         retry_after: seconds, where a plugin rejected it.
         queued, prefill, decode: seconds, at the end: until first scheduled, to the first token, to the last.
         preemptions: at the end, how often it lost its blocks.
@@ -145,6 +145,21 @@ class StepRecord(msgspec.Struct, array_like=True):
     seconds: float
 
 
+class BlockGroup(msgspec.Struct, array_like=True):
+    """The blocks of one cache group: of the layers that see equally far back.
+
+    Attributes:
+        window: tokens that its layers see, or None: full attention.
+        num_blocks, num_free: of its pool, without the null block; 0 before there is one.
+        blocks: request id -> block ids, while someone watches; else None. 0 stands for what fell out of the window.
+    """
+
+    window: int | None
+    num_blocks: int
+    num_free: int
+    blocks: dict[str, list[int]] | None = None
+
+
 class EngineStats(msgspec.Struct, array_like=True, tag="stats"):
     """What an engine is doing. Counters are since the engine process began.
 
@@ -154,12 +169,12 @@ class EngineStats(msgspec.Struct, array_like=True, tag="stats"):
         num_steps: steps done.
         busy: whether there was work. Nothing new for long while `busy`: the engine hangs.
         running, waiting: requests inside the engine, by id; the front's own queue is not counted here.
-        kv_usage: share of the pool's blocks that live requests hold, 0 to 1.
-        num_blocks, num_free: of the pool. block_size: tokens of a block.
+        kv_usage: share of the pool's blocks that live requests hold, 0 to 1; of the fullest group.
+        num_blocks, num_free: of the pool, over all groups. block_size: tokens of a block.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found.
         preemptions: requests that lost their blocks.
         steps: each step since the last message.
-        blocks: request id -> block ids, while someone watches; else None.
+        groups: each cache group, full attention first, then windows from the largest down.
     """
 
     replica: int
@@ -176,7 +191,7 @@ class EngineStats(msgspec.Struct, array_like=True, tag="stats"):
     prefix_hits: int
     preemptions: int
     steps: list[StepRecord] = []
-    blocks: dict[str, list[int]] | None = None
+    groups: list[BlockGroup] = []
 
 
 class Failed(msgspec.Struct, array_like=True, tag="failed"):

@@ -32,8 +32,8 @@ class RequestRecord:
         arrival, first_token, last_token, finished: points in `time.monotonic()`, or None.
         queue, prefill, decode: seconds until first scheduled, from there to the first token, from there to the last.
         gap_sum, gap_max: of the seconds between two deliveries of tokens.
-        finish_reason: stop, length, abort, error, deadline or queue_timeout.
-        error: message, if it is error.
+        finish_reason: stop, length, abort, error, deadline, queue_timeout, or refused: turned away before it ran.
+        error: message, if it is error or refused.
         replica: where it runs or ran last. resumed: how often it was resumed. preemptions: how often it was preempted.
     """
 
@@ -96,7 +96,7 @@ class Totals:
     preemptions: int = 0
     steps: int = 0
     restarts: int = 0
-    finished: dict[str, int] = dataclasses.field(default_factory=dict)  # by finish reason
+    finished: dict[str, int] = dataclasses.field(default_factory=dict)  # by finish reason, but for refused
     refused: dict[str, int] = dataclasses.field(default_factory=dict)  # by reason
 
 
@@ -164,12 +164,13 @@ class ServerStats:
         self.running.pop(record.request_id, None)
         record.finish_reason, record.error = reason, error
         record.finished, record.end_ns = time.monotonic(), time.time_ns()
-        self.totals.finished[reason] = self.totals.finished.get(reason, 0) + 1
+        if reason != "refused":  # the call it belongs to counts as one that was turned away
+            self.totals.finished[reason] = self.totals.finished.get(reason, 0) + 1
         self.recent.append(record)
         self._tell("request_finished", record)
 
     def refused(self, reason: str) -> None:
-        """A request was turned away before it began."""
+        """A call was turned away before it began."""
         self.totals.refused[reason] = self.totals.refused.get(reason, 0) + 1
         self._tell("request_refused", reason)
 

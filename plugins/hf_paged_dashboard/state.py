@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_paged_dashboard.window import Counts, Times
 
 if TYPE_CHECKING:
-    from hf_paged.server.messages import EngineStats
+    from hf_paged.server.messages import BlockGroup, EngineStats
     from hf_paged.server.stats import RequestRecord, ServerStats
 
 HISTORY = 120  # seconds of the curves
@@ -111,7 +111,6 @@ def _request(record: RequestRecord, running: bool) -> dict[str, Any]:
 
 
 def _engine(stats: EngineStats) -> dict[str, Any]:
-    blocks = stats.blocks
     return {
         "replica": stats.replica,
         "num_blocks": stats.num_blocks,
@@ -121,6 +120,16 @@ def _engine(stats: EngineStats) -> dict[str, Any]:
         "running": len(stats.running),
         "waiting": len(stats.waiting),
         "busy": stats.busy,
+        "groups": [_group(group) for group in stats.groups],
+    }
+
+
+def _group(group: BlockGroup) -> dict[str, Any]:
+    blocks = group.blocks
+    return {
+        "window": group.window,
+        "num_blocks": group.num_blocks,
+        "num_free": group.num_free,
         "blocks": None if blocks is None else {name: runs(ids) for name, ids in blocks.items()},
     }
 

@@ -57,9 +57,11 @@ class Listener:
         _observe(series, "time_to_first_token_seconds", record.time_to_first_token)
 
     def request_finished(self, record: RequestRecord) -> None:
-        """A request is over."""
+        """A request is over. One that the engine refused never ran: `request_refused` hears of it too."""
         self._live.pop(record.request_id, None)
         self._count_waiting()
+        if record.finish_reason == "refused":
+            return
         series = self._of(record.replica)
         self._metrics.finished.labels(*series.labels, record.finish_reason or "error").inc()
         if record.index == 0:

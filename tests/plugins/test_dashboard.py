@@ -16,6 +16,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 import hf_paged_dashboard
+from hf_paged.server.messages import BlockGroup
 from hf_paged_dashboard.routes import PAGE, policy
 from hf_paged_dashboard.state import runs
 from hf_paged_dashboard.window import Counts, Times
@@ -63,13 +64,23 @@ def test_a_crowd_is_counted_in_full_and_listed_in_part(traffic):
 def test_looking_has_the_engines_send_their_blocks(traffic):
     asked = []
     traffic.stats.on_watch = asked.append
-    traffic.report()
-    assert state(traffic)["engines"][0]["blocks"] is None
+    traffic.report(groups=[BlockGroup(None, 100, 75)])
+    (group,) = state(traffic)["engines"][0]["groups"]
+    assert group == {"window": None, "num_blocks": 100, "num_free": 75, "blocks": None}
     assert asked == [5.0]
-    traffic.report(replica=1, running=["a", "b"], blocks={"a": [3, 1, 2, 9], "b": [2, 0, 7]}, num_blocks=12)
+    full = BlockGroup(None, 12, 7, {"a": [3, 1, 2, 9], "b": [2, 4, 7]})
+    sliding = BlockGroup(512, 6, 3, {"a": [0, 0, 2, 1], "b": [0, 0, 5]})
+    traffic.report(replica=1, running=["a", "b"], groups=[full, sliding], num_blocks=18)
     first, second = state(traffic)["engines"]
-    assert (first["replica"], second["replica"], second["num_blocks"]) == (0, 1, 12)
-    assert second["blocks"] == {"a": [[1, 3], [9, 1]], "b": [[2, 1], [7, 1]]}  # without the null block
+    assert (first["replica"], second["replica"], second["num_blocks"]) == (0, 1, 18)
+    assert [(one["window"], one["num_blocks"], one["num_free"]) for one in second["groups"]] == [
+        (None, 12, 7),
+        (512, 6, 3),
+    ]
+    assert [one["blocks"] for one in second["groups"]] == [
+        {"a": [[1, 3], [9, 1]], "b": [[2, 1], [4, 1], [7, 1]]},
+        {"a": [[1, 2]], "b": [[5, 1]]},  # without the null block
+    ]
 
 
 def test_block_ids_become_stretches():
@@ -239,13 +250,15 @@ def busy(live):
     traffic.start("<img src=x>", prompt_tokens=7)
     traffic.bring(a, 2, cached=0)
     traffic.bring(b, 1, cached=32)
-    blocks = {"first": [1, 2, 3], "second": [1, 2, 4]}
-    traffic.report(running=["first", "second"], waiting=["<img src=x>"], blocks=blocks, num_blocks=20, preemptions=3)
+    full = BlockGroup(None, 20, 16, {"first": [1, 2, 3], "second": [1, 2, 4]})
+    sliding = BlockGroup(512, 10, 7, {"first": [0, 5, 2], "second": [0, 0, 7]})
+    counts = {"num_blocks": 30, "preemptions": 3}
+    traffic.report(running=["first", "second"], waiting=["<img src=x>"], groups=[full, sliding], **counts)
 
 
 PIXEL = """
-    const canvas = document.querySelector("canvas"), ratio = canvas.width / canvas.clientWidth;
-    const {side, columns} = maps.get(0), [block, share] = arguments, index = block - 1;
+    const [group, block, share] = arguments, index = block - 1;
+    const {canvas, side, columns} = [...maps.values()][group], ratio = canvas.width / canvas.clientWidth;
     const x = ((index % columns) + share) * side * ratio, y = (Math.floor(index / columns) + 0.45) * side * ratio;
     return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data].slice(0, 3).join();
 """
@@ -265,18 +278,43 @@ def test_the_page_shows_what_happens(browser):
         assert [row.split()[0] for row in rows] == ["first", "second", "<img"]
         assert "waiting" in rows[2]
         assert not browser.execute_script("return document.querySelectorAll('img').length")
-        assert "20 blocks of 16 tokens · 4 in use · 2 shared" in text("maps")
+        assert (text("usage"), text("usage-note")) == ("23.3%", "7 of 30")
+        assert captions(browser) == [
+            "full attention · 20 blocks of 16 tokens · 4 in use · 2 shared",
+            "window of 512 · 10 blocks of 16 tokens · 3 in use · 0 shared",
+        ]
         # Block 1 shows both of its holders; 3 and 4 one each; 5 is free.
-        left, right = (browser.execute_script(PIXEL, 1, share) for share in (0.25, 0.65))
-        own, other, free = (browser.execute_script(PIXEL, block, 0.45) for block in (3, 4, 5))
+        left, right = (browser.execute_script(PIXEL, 0, 1, share) for share in (0.25, 0.65))
+        own, other, free = (browser.execute_script(PIXEL, 0, block, 0.45) for block in (3, 4, 5))
         assert left == own
         assert right == other
         assert len({own, other, free}) == 3
+        # The other group's blocks are others: 5 and 2 are the first one's, 7 the second's, 4 is free.
+        assert [browser.execute_script(PIXEL, 1, block, 0.45) for block in (5, 2, 7, 4)] == [own, own, other, free]
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
         for record in list(live.traffic.stats.running.values()):
             live.traffic.end(record)
-        live.traffic.report(blocks={})
+        live.traffic.report(groups=[BlockGroup(None, 20, 20, {}), BlockGroup(512, 10, 10, {})], num_blocks=30)
         until(lambda: text("running") == "0")
+
+
+def captions(browser):
+    return browser.execute_script("return [...document.querySelectorAll('#maps p')].map(text => text.textContent)")
+
+
+def test_each_replica_has_its_own_maps(browser):
+    with Live() as live:
+        groups = [BlockGroup(None, 20, 20), BlockGroup(512, 10, 10)]
+        for replica in (1, 0):
+            live.traffic.report(replica=replica, groups=groups, num_blocks=30)
+        browser.get(live.url)
+        names = ["full attention", "window of 512"]
+        both = [f"Replica {replica} · {name}" for replica in (0, 1) for name in names]
+        until(lambda: [" · ".join(text.split(" · ")[:2]) for text in captions(browser)] == both)
+        live.traffic.stats.restarted(0, "it was killed")
+        until(lambda: [text.split(" · ")[0] for text in captions(browser)] == names)
+        live.traffic.report(replica=0, groups=groups, num_blocks=30)  # comes back to its place
+        until(lambda: [" · ".join(text.split(" · ")[:2]) for text in captions(browser)] == both)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

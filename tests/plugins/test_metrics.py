@@ -117,6 +117,21 @@ def test_ends_and_refusals_are_counted_by_why(traffic):
     assert found["request_queue_time_seconds_count"] == 0  # the engine told no times of theirs
 
 
+def test_what_the_engine_refused_is_none_of_those_that_finished(traffic):
+    record = traffic.start("a")
+    traffic.report()
+    assert scrape(traffic)["num_requests_waiting"] == 1
+    traffic.end(record, "refused", error="no such grammar", error_kind="invalid")
+    traffic.stats.refused("invalid")
+    traffic.end(traffic.start("b"), "error")
+    traffic.report()
+    found = scrape(traffic)
+    assert found["request_success_total"] == {("error",): 1}
+    assert found["request_refused_total"] == {("invalid",): 1}
+    assert found["e2e_request_latency_seconds_count"] == found["request_params_n_count"] == 1
+    assert found["num_requests_waiting"] == 0
+
+
 def test_counters_go_on_when_an_engine_begins_anew(traffic):
     traffic.report(prefix_queries=100, prefix_hits=40, preemptions=2, num_steps=9, running=["a"])
     traffic.report(prefix_queries=150, prefix_hits=60, preemptions=3, num_steps=12)

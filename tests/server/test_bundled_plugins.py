@@ -66,7 +66,8 @@ def test_the_page_shows_a_request_and_its_blocks(tiny_server):
     def seen():
         state = httpx.get(tiny_server.url + "/dashboard/state", timeout=10).json()
         running = [one["id"] for one in state["requests"] if one["state"] == "running"]
-        return [state["engines"][0]["blocks"].get(name) for name in running if state["engines"][0]["blocks"]]
+        (group,) = state["engines"][0]["groups"]
+        return [group["blocks"].get(name) for name in running if group["blocks"]]
 
     stretches = until(lambda: [found for found in seen() if found])
     assert all(first >= 1 and length >= 1 for first, length in stretches[0])
@@ -95,6 +96,21 @@ def test_what_a_schema_asks_too_much_is_a_400_that_names_it(tiny_server):
     answer = complete(tiny_server, structured_outputs={"json": {"type": "array", "uniqueItems": True}})
     assert answer.status_code == 400
     assert "uniqueItems" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(
+    "constraint", [{"json": {"type": "array", "uniqueItems": True}}, {"regex": "("}, {"grammar": "root ::= nothing"}]
+)
+def test_what_cannot_be_compiled_never_ran(tiny_server, constraint, n):
+    """A 400 is a refusal, one for the call, and none of its sequences counts as finished."""
+    names = ("request_success_total", "request_refused_total", "e2e_request_latency_seconds_count")
+    before = [sample(tiny_server, name) for name in names]
+    assert complete(tiny_server, structured_outputs=constraint, n=n, temperature=1).status_code == 400
+    assert [sample(tiny_server, name) for name in names] == [before[0], before[1] + 1, before[2]]
+    assert re.search(r'request_refused_total{.*reason="invalid".*} ', httpx.get(tiny_server.url + "/metrics").text)
+    assert complete(tiny_server).status_code == 200
+    assert sample(tiny_server, names[0]) == before[0] + 1
 
 
 def test_structured_outputs_go_on_where_they_were_when_the_engine_is_killed(serve):

@@ -62,11 +62,16 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture
 def loop(llm: LLM) -> Iterator[tuple[EngineLoop, Socket]]:
+    yield from loop_over(llm)
+
+
+def loop_over(llm: LLM) -> Iterator[tuple[EngineLoop, Socket]]:
     socket = Socket()
     built, _ = llm.engine()
 
     def constrain(request: Request) -> None:
-        raise InvalidRequestError("no such grammar")
+        broken = request.prompt_token_ids[0] == 98
+        raise RuntimeError("the compiler broke") if broken else InvalidRequestError("no such grammar")
 
     made = EngineLoop(built.engine, socket, socket, StepLog(), 3, constrain)  # type: ignore[arg-type]
     made._engine.close = lambda: None  # type: ignore[method-assign]
@@ -134,12 +139,13 @@ def test_parents_and_children(loop: Any) -> None:
         (Add("x", [5], {"temperature": 9.0}), "invalid", "temperature"),
         (Add("x", [99, 5], GREEDY), "rejected", "not today"),
         (Add("x", [5], {"structured_outputs": {"regex": "a"}}), "invalid", "no such grammar"),
+        (Add("x", [98], {"structured_outputs": {"regex": "a"}}), "internal", "the compiler broke"),
     ],
 )
 def test_refusals(loop: Any, add: Add, kind: str, text: str) -> None:
     found = run(loop, add, Add("y", [5, 6], GREEDY), until=2)
     (refusal,) = found["x"]
-    assert (refusal.finish, refusal.error_kind) == ("error", kind)
+    assert (refusal.finish, refusal.error_kind) == ("error" if kind == "internal" else "refused", kind)
     assert text in (refusal.error or "")
     assert refusal.retry_after == (7.0 if kind == "rejected" else None)
     assert len(tokens(found["y"])) == 6
@@ -156,16 +162,49 @@ def test_aborting_says_nothing_more(loop: Any) -> None:
 
 
 def test_statistics(loop: Any) -> None:
-    run(loop, WatchBlocks(60), Add("x", [5, 6, 7], GREEDY | {"max_tokens": 400}), Add("y", [7], GREEDY))
+    long = Add("x", [5, 6, 7], GREEDY | {"max_tokens": 400})
+    run(loop, long, Add("y", [7], GREEDY))
+    (group,) = reported(loop).groups
+    assert group.blocks is None  # nobody watches
+    run(loop, WatchBlocks(60), Add("y", [7], GREEDY))
+    last = reported(loop)
+    assert (last.replica, last.busy, last.running) == (3, True, ["x"])
+    (group,) = last.groups
+    assert (group.window, group.num_blocks, group.num_free) == (None, last.num_blocks, last.num_free)
+    assert group.blocks is not None
+    assert len(group.blocks["x"]) == group.num_blocks - group.num_free >= 1
+    assert 0 < last.kv_usage <= 1
+    run(loop, Abort(["x"]), Add("z", [5], GREEDY))
+
+
+def reported(loop: Any) -> EngineStats:
     loop[0]._next_report = 0.0
     loop[0]._report()
     last = loop[1].sent[-1]
     assert isinstance(last, EngineStats)
-    assert (last.replica, last.busy, last.running) == (3, True, ["x"])
-    assert last.blocks is not None
-    assert len(last.blocks["x"]) >= 1
-    assert 0 < last.kv_usage <= 1
-    run(loop, Abort(["x"]), Add("z", [5], GREEDY))
+    return last
+
+
+def test_blocks_are_told_for_each_group() -> None:
+    with LLM(zoo.build("gemma2"), skip_tokenizer_init=True, config=PagedConfig(block_size=4)) as llm:
+        for loop in loop_over(llm):
+            made, socket = loop
+            socket.unread.append(encode(WatchBlocks(60)))
+            made._read()
+            assert [group.num_blocks for group in reported(loop).groups] == [0, 0]  # there is no pool yet
+            run(loop, Add("x", [5] * 3 * zoo.WINDOW, GREEDY | {"max_tokens": 400}), Add("y", [7], GREEDY))
+            last = reported(loop)
+            full, sliding = last.groups
+            assert (full.window, sliding.window) == (None, zoo.WINDOW)
+            assert full.num_blocks + sliding.num_blocks == last.num_blocks
+            assert full.num_free + sliding.num_free == last.num_free
+            assert full.blocks is not None
+            assert sliding.blocks is not None
+            assert list(full.blocks) == list(sliding.blocks) == ["x"]
+            held = [[block for block in group.blocks["x"] if block] for group in (full, sliding) if group.blocks]
+            assert len(held[0]) > len(held[1]) > 0  # what fell out of the window was given up
+            assert [len(set(ids)) for ids in held] == [group.num_blocks - group.num_free for group in last.groups]
+            run(loop, Abort(["x"]), Add("z", [5], GREEDY))
 
 
 def test_stop_ends_the_loop(loop: Any) -> None:

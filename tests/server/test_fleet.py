@@ -19,6 +19,7 @@ from hf_paged.server.front import replica
 from hf_paged.server.front.engine import Submission
 from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.front.process import Spares
+from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import (
     Abort,
     Add,
@@ -126,7 +127,7 @@ class ScriptedEngine:
         tokens, prompt, most = self._requests[name]
         if tokens[0] == REFUSED:
             del self._requests[name]
-            return Delta(name, finish="error", error="no", error_kind="invalid")
+            return Delta(name, finish="refused", error="no", error_kind="invalid")
         if tokens[0] == KILLS and len(tokens) == prompt + 2:
             self.die(-6)
             raise asyncio.CancelledError
@@ -361,11 +362,20 @@ def test_priority(fleet: Any) -> None:
 
 def test_what_an_engine_refuses(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        ((_, last),) = await carried(made, [submission(REFUSED)])
-        assert (last.finish, last.error_kind, last.error) == ("error", "invalid", "no")
+        one = submission(REFUSED)
+        ((_, last),) = await carried(made, [one])
+        assert (last.finish, last.error_kind, last.error) == ("refused", "invalid", "no")
+        assert (one.record.finish_reason, one.record.error) == ("refused", "no")
+        assert made._stats.totals.finished == {}
         assert len(ScriptedEngine.started) == 1
 
     fleet(test)
+
+
+def test_what_ran_and_is_refused_when_it_goes_on_failed() -> None:
+    ticket = Ticket(submission(5), 0, 0, lambda ticket: None)
+    ticket.take(Delta("x", tokens=[1]))
+    assert ticket.take(Delta("x", finish="refused", error="not today", error_kind="rejected")).finish == "error"
 
 
 def test_children_follow_their_parent(fleet: Any) -> None:

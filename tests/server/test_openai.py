@@ -253,6 +253,7 @@ def test_response_format(client: OpenAI) -> None:
 
 def test_tools(client: OpenAI) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        whole = ""
         for stream in (False, True):
             answer = client.chat.completions.create(
                 model=MODEL,
@@ -265,12 +266,27 @@ def test_tools(client: OpenAI) -> None:
                 stream=stream,
             )
             if stream:
-                calls = [call for c in answer for call in c.choices[0].delta.tool_calls or []]
+                deltas = [call for c in answer for call in c.choices[0].delta.tool_calls or []]
+                assert [call.function.name for call in deltas if call.id] == ["get_weather"]
+                assert len(deltas) > 3
+                assert "".join(call.function.arguments for call in deltas) == whole
             else:
-                calls = answer.choices[0].message.tool_calls
+                (call,) = answer.choices[0].message.tool_calls
+                whole = call.function.arguments
                 assert answer.choices[0].finish_reason == "tool_calls"
-            assert [call.function.name for call in calls] == ["get_weather"]
-            assert "city" in json.loads(calls[0].function.arguments)
+                assert call.function.name == "get_weather"
+                assert "city" in json.loads(whole)
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=[{"role": "user", "content": "How is the weather in Paris?"}],
+        tools=[WEATHER],
+        tool_choice="required",
+        max_tokens=60,
+        temperature=0,
+    ) as stream:  # puts the deltas together
+        choice = stream.get_final_completion().choices[0]
+    assert choice.message.tool_calls[0].function.name == "get_weather"
+    assert choice.finish_reason == "tool_calls"
     history = [
         {"role": "user", "content": "Weather in Paris?"},
         {

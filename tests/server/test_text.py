@@ -18,6 +18,7 @@ from hf_paged.hf.detokenize import Detokenizer
 from hf_paged.server.errors import APIError
 from hf_paged.server.messages import Delta, TokenLogprobs
 from hf_paged.server.text import model_text
+from hf_paged.server.text.forced import CallList, NamedCall
 from hf_paged.server.text.model_text import ModelText
 from hf_paged.server.text.stream import TextStream
 from hf_paged.server.text.tools import ParsedCall, ToolParser
@@ -171,6 +172,109 @@ def test_a_forced_call_needs_a_plugin() -> None:
     constraint = engine.asked[0].params.structured_outputs
     assert constraint is not None
     assert constraint.json["items"]["anyOf"][0]["properties"]["name"] == {"type": "string", "enum": ["f"]}
+
+
+ARGUMENTS = '{ "x" : [1, "}\\"]{"], "é": {}}'
+FORCED = {  # what is written -> whether it was cut, and the arguments of its calls
+    f'[{{"name": "f", "parameters": {ARGUMENTS}}}]': (False, [ARGUMENTS]),
+    f'\n[ {{ "name":"f" ,\n"parameters" : {ARGUMENTS} }} , {{"name": "f", "parameters": {{}}}} ] ': (
+        False,
+        [ARGUMENTS, "{}"],
+    ),
+    '[{"name": "f", "parameters": {"x": "a': (True, ['{"x": "a']),
+    '[{"name": "f"': (True, [""]),
+    '[{"name": "f", "parameters": {}}, {"na': (True, ["{}"]),
+    '[{"name": "f", "parameters": 12}, {"name": "f", "parameters": "a]"}]': (False, ["12", '"a]"']),
+    CALL: (False, ['{"x": [1, "}"]}']),  # no constraint would let it pass: a plugin that doesn't keep to the schema
+}
+
+
+def chat_call(text: str, finish: str = "stop", **body: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The choices of a stream's chunks, and that of the answer as one body."""
+    found = []
+    for stream in (True, False):
+        engine = fakes.FakeEngine(text, structured=True)
+        engine.finish = finish
+        asked = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "stream": stream, **body}
+        found.append(fakes.call(fakes.application(engine), "POST", "/v1/chat/completions", json=asked))
+    return [chunk["choices"][0] for chunk in events(found[0].text)], found[1].json()["choices"][0]
+
+
+def gathered(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls that a stream's deltas make, put together as clients do."""
+    calls: list[dict[str, Any]] = []
+    for chunk in chunks:
+        for delta in chunk["delta"].get("tool_calls", []):
+            if "id" in delta:
+                assert (delta["index"], delta["type"]) == (len(calls), "function")
+                calls.append({"name": delta["function"]["name"], "arguments": ""})
+            else:
+                assert set(delta) == {"index", "function"}
+            assert delta["index"] == len(calls) - 1
+            calls[-1]["arguments"] += delta["function"]["arguments"]
+    return calls
+
+
+@pytest.mark.parametrize("text", FORCED)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_forced_calls_are_streamed_as_they_are_answered(text: str, parallel: bool) -> None:
+    cut, expected = FORCED[text]
+    finish = "length" if cut else "stop"
+    options = {"tool_choice": "required", "parallel_tool_calls": parallel}
+    chunks, choice = chat_call(text, finish, **options)
+    message, calls = choice["message"], gathered(chunks)
+    assert calls == [{**call["function"]} for call in message["tool_calls"]]
+    assert [(call["name"], call["arguments"]) for call in calls] == [
+        ("f", a) for a in expected[: None if parallel else 1]
+    ]
+    assert chunks[-1]["finish_reason"] == choice["finish_reason"] == ("length" if cut else "tool_calls")
+    assert message["content"] is None
+    assert not "".join(chunk["delta"].get("content") or "" for chunk in chunks)
+
+
+def test_a_named_call_is_streamed_as_it_is_answered() -> None:
+    named = {"type": "function", "function": {"name": "f"}}
+    for finish, text in (("stop", ARGUMENTS), ("length", '{"x'), ("length", "")):
+        chunks, choice = chat_call(text, finish, tool_choice=named)
+        assert gathered(chunks) == [{"name": "f", "arguments": text}]
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": text}
+        reason = "tool_calls" if finish == "stop" else "length"
+        assert chunks[-1]["finish_reason"] == choice["finish_reason"] == reason
+
+
+def test_forced_calls_come_as_they_are_generated() -> None:
+    """FakeEngine says a character at a time."""
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice, text in (("required", f'[{{"name": "f", "parameters": {ARGUMENTS}}}]'), (named, ARGUMENTS)):
+        reader = (NamedCall("f") if choice is named else CallList(["f"])).add
+        pieces = [(character, reader(character)) for character in text]
+        begun = next(number for number, (_, (_, _, deltas)) in enumerate(pieces) if deltas)
+        assert text[: begun + 1].endswith('"f"' if choice == "required" else ARGUMENTS[0])  # as soon as it is known
+        told = [delta.arguments for _, (_, _, deltas) in pieces for delta in deltas if delta.arguments]
+        assert told == list(ARGUMENTS)
+        chunks, _ = chat_call(text, tool_choice=choice)
+        assert sum("tool_calls" in chunk["delta"] for chunk in chunks) >= len(ARGUMENTS) // 2
+
+
+def test_what_is_no_forced_call_is_text() -> None:
+    for text in ("hello", '[{"na', '[{"name": "g", "parameters": {}}]', '[{"name": "\\x", "parameters": {}}]', "{}"):
+        chunks, choice = chat_call(text, tool_choice="required")
+        assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == choice["message"]["content"] == text
+        assert not gathered(chunks)
+        assert chunks[-1]["finish_reason"] == choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_answer_with_forced_calls(stream: bool) -> None:
+    text = f'[{{"name": "f", "parameters": {ARGUMENTS}}}, {{"name": "f", "parameters": {{}}}}]'
+    body = {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required", "stream": stream}
+    engine = fakes.FakeEngine(text, structured=True)
+    response = fakes.call(fakes.application(engine), "POST", "/v1/responses", json=body)
+    told = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+    answer = told[-1]["response"] if stream else response.json()
+    assert [item["arguments"] for item in answer["output"]] == [ARGUMENTS, "{}"]
+    deltas = [event["delta"] for event in told if event["type"] == "response.function_call_arguments.delta"]
+    assert deltas == ([ARGUMENTS, "{}"] if stream else [])
 
 
 # ------------------------------------------------------------------------------------------------------ prompts, limits

@@ -151,6 +151,8 @@ class Ticket:
         self._prompt_logprobs_told = self._prompt_logprobs_told or delta.prompt_logprobs is not None
         if delta.finish is not None:
             delta.queued += self._waited
+        if delta.finish == "refused" and self.output:  # it ran, on an engine that is gone
+            delta.finish = "error"
         return delta
 
     def cancel_timers(self) -> None:

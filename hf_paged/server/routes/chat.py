@@ -145,12 +145,10 @@ class _Answer:
         return found
 
     def _chunk(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
-        parts = self._parts_of(choice)
-        before = parts.num_calls
-        part = parts.add(piece)
+        part = self._parts_of(choice).add(piece)
         delta: dict[str, Any] = {"content": part.text} if part.text else {}
-        if part.calls:
-            delta["tool_calls"] = [call.body(before + number) for number, call in enumerate(part.calls)]
+        if part.deltas:
+            delta["tool_calls"] = [new.body() for new in part.deltas]
         logprobs = self._logprobs(piece) if self._body.logprobs and piece.tokens else None
         if not (delta or part.finish_reason or logprobs or self._body.return_token_ids):
             return None
