@@ -1,8 +1,8 @@
 """The Triton attention backend: serves CUDA GPUs, over the kernels of `hf_paged_kernels`.
 
 A step's rows are cut in at most three stretches, each one launch a layer: the leading rows of one query (decode), rows
-that read keys of earlier steps through their block tables, and whole prompts, whose keys are read where the layer left
-them. Lengths and tables stay on the device.
+that read keys of earlier steps through their block tables, and whole prompts if they are long, whose keys are read
+where the layer left them. In deterministic mode all rows are one stretch. Lengths and tables stay on the device.
 """
 
 from __future__ import annotations
