@@ -24,8 +24,9 @@ class PagedConfig:
         enforce_eager: run every forward eagerly, without CUDA graphs.
         fusions: have fused forwards take the place of parts of a model's layers in the engine's steps, each verified
             first.
-        deterministic: a request's results have the same bits whatever else is in its batch: proved when the engine is
-            built, and slower. It needs a backend that offers it, and fusions; not every family can.
+        deterministic: a request's results, greedy or with a seed, have the same bits whatever else is in its batch:
+            proved when the engine is built, and slower. It needs a backend that offers it, and on a GPU `fusions`; not
+            every family can.
         enable_prefix_caching: keep finished requests' blocks, and reuse those whose tokens a prompt begins with.
         attention_backend: a registered backend's name, or None: the plugins choose by model and device.
         scheduler: a registered scheduler's name.

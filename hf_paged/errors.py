@@ -45,3 +45,13 @@ class RequestRejectedError(HFPagedError, RuntimeError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one on the way to it, says that the memory ran out: libraries have errors of their own."""
+    while error is not None:
+        named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+        if named or "out of memory" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

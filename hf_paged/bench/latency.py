@@ -46,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     (engine,) = engines.pick([args.engine])
     workloads = _pick(args.workload)
-    if args.model:
-        model, name = models.load(args.model, args.device, args.dtype), args.model
-    else:
-        model, name = models.llama_8b_shape(models.pick_device(args.device)), models.LLAMA_8B
+    if not workloads and engine != "hf_paged":
+        raise ConfigError(
+            f"--workload none times hf_paged's first token; of --engine {engine} there is nothing to time"
+        )
+    model, name = models.load_or_8b(args)
     options = engines.Options(batch_size=64, paged=paged_options(args.option))
     first = None
     if engine == "hf_paged":

@@ -48,10 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the model is not in half precision.
     """
-    if args.model:
-        model, name = models.load(args.model, args.device, args.dtype), args.model
-    else:
-        model, name = models.llama_8b_shape(models.pick_device(args.device)), models.LLAMA_8B
+    model, name = models.load_or_8b(args)
     if model.dtype not in (torch.float16, torch.bfloat16):
         raise ConfigError(f"the model is in {model.dtype}; give --dtype bfloat16 or float16, to compare with float32")
     environment = report.environment(model, name)

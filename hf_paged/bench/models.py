@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ def load(name: str, device: str | None = None, dtype: str = "auto") -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(where).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name!r} can't be loaded: {error}") from error
+
+
+def load_or_8b(args: argparse.Namespace) -> tuple[Any, str]:
+    """What --model, --device and --dtype name, or the random 8B model; and what to call it.
+
+    Raises:
+        ConfigError: see `load` and `llama_8b_shape`; or a dtype is asked for that the 8B model doesn't have.
+    """
+    if args.model:
+        return load(args.model, args.device, args.dtype), args.model
+    if args.dtype not in ("auto", "bfloat16"):
+        raise ConfigError(f"--dtype {args.dtype}: the random 8B model is in bfloat16; give a --model")
+    return llama_8b_shape(pick_device(args.device)), LLAMA_8B
 
 
 def tokenizer_of(name: str) -> Any:

@@ -145,9 +145,7 @@ def _count(text: str) -> int:
 
 def _model(args: argparse.Namespace) -> tuple[Any, str]:
     """The model to run on, and what to call it."""
-    if args.model:
-        return models.load(args.model, args.device, args.dtype), args.model
-    if args.workload == "A":
-        return models.llama_8b_shape(models.pick_device(args.device)), models.LLAMA_8B
+    if args.model or args.workload == "A":
+        return models.load_or_8b(args)
     folder = smollm2.ensure(Console(stderr=True).print)
     return models.load(str(folder), args.device, args.dtype), smollm2.NAME

@@ -19,7 +19,13 @@ from hf_paged.engine.runner import Runner
 from hf_paged.engine.sampler import BatchSampler
 from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.engine.staging import on_device
-from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
+from hf_paged.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    RequestAbortedError,
+    RequestRejectedError,
+    is_out_of_memory,
+)
 from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver
 from hf_paged.types import CacheStats, FinishReason, Reject, Request, Sampled, Step, StepStats
 
@@ -277,8 +283,8 @@ class Engine:
                     self._runner.warm_up(self.pool.cache, tokens)
                     self._chooser.warm_up(self.model, self.config.max_num_seqs)
                     return
-                except torch.OutOfMemoryError as error:
-                    if not self._shrink(tokens, error):
+                except Exception as error:
+                    if not is_out_of_memory(error) or not self._shrink(tokens, error):
                         raise
 
     def _release(self) -> None:
@@ -300,7 +306,7 @@ class Engine:
         """
         requests = [row.request for row in step.rows if not row.request.finished]
         self.recover()
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) and self._shrink(step.num_tokens, error):
+        if is_out_of_memory(error) and self._shrink(step.num_tokens, error):
             return
         if len(requests) == 1:
             self._finish(requests[0], "error", error=error)

@@ -19,6 +19,7 @@ import torch
 from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import leading_decode_rows
 from hf_paged.engine.cache import PagedKVCache
+from hf_paged.errors import is_out_of_memory
 from hf_paged.protocols import AttentionBackend, PagedModel
 from hf_paged.types import Batch, Layout, Step
 
@@ -131,16 +132,16 @@ class Graphs:
                 self._capture(layout, cache)
             return True
         except Exception as error:
-            self.drop()
-            if isinstance(error, torch.OutOfMemoryError) and self._mixed:
-                self._mixed = []
-                torch.cuda.empty_cache()
-                what = "steps that prefill"
-            else:
-                self._failed = True
-                what = "steps"
-            logger.warning("%s run without CUDA graphs, for capturing one failed: %s", what, error)
-            return False
+            short, what, reason = is_out_of_memory(error), "steps", str(error)
+        # The error is gone by now, and what the capture had allocated with it.
+        self.drop()
+        if short and self._mixed:
+            self._mixed, what = [], "steps that prefill"
+            torch.cuda.empty_cache()
+        else:
+            self._failed = True
+        logger.warning("%s run without CUDA graphs, for capturing one failed: %s", what, reason)
+        return False
 
     def _capture(self, layout: Layout, cache: PagedKVCache) -> None:
         if self._inputs is None:

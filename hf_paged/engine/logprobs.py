@@ -13,7 +13,8 @@ def top_logprobs(logits: torch.Tensor, token: int, count: int) -> dict[int, Logp
     Args:
         logits: [vocabulary], as the model gave them.
     """
-    values = logits.float().log_softmax(-1)
+    # A copy: where a row begins in memory decides in what order its sum is made on a GPU.
+    values = logits.to(torch.float32, copy=True).log_softmax(-1)
     own = values[token]
     rank = int((values > own).sum()) + 1
     best, ids = values.topk(values.numel() if count == -1 else min(count, values.numel()))

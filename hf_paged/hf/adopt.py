@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_paged.config import PagedConfig
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.fusion.fusion import Fusion, acquire, release
-from hf_paged.hf.invariant import InvariantOps
+from hf_paged.hf.invariant import InvariantOps, trusted
 from hf_paged.hf.model import FlatModel
 from hf_paged.hf.verify import try_fusion, verify, verify_invariance
 from hf_paged.hf.weights import structure
@@ -31,10 +31,11 @@ def adopt(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
     Raises:
         UnsupportedModelError: the model can't be carried; the message says why.
     """
-    invariant = InvariantOps(backend.kernels) if config.deterministic and backend.kernels is not None else None
-    unfused = _fuse(model, flat, backend, config, invariant)
-    flat.invariant = invariant
     try:
+        unfused = _fuse(model, flat, backend, config)
+        if config.deterministic:
+            assert backend.kernels is not None
+            flat.invariant = InvariantOps(backend.kernels)
         unfused = _verify(model, flat, backend, config) or unfused
         if config.deterministic:
             verify_invariance(model, flat, backend, config.block_size)
@@ -44,23 +45,26 @@ def adopt(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
     return unfused
 
 
-def _fuse(
-    model: PreTrainedModel,
-    flat: FlatModel,
-    backend: AttentionBackend,
-    config: PagedConfig,
-    invariant: InvariantOps | None,
-) -> str | None:
-    """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None."""
+def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
+    """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None.
+
+    Raises:
+        UnsupportedModelError: in deterministic mode, if another engine has the model's layers fused with its kernels.
+    """
     kernels = getattr(backend, "kernels", None)
     if kernels is None or not config.fusions:
         return "the attention backend has no kernels for it" if config.fusions else f"fusions={config.fusions}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    watched = kernels if invariant is None else invariant.trusting(kernels)
+    far = max((flat.max_positions or FAR) - 1, 0)
     try:
-        far = max((flat.max_positions or FAR) - 1, 0)
-        flat.fusion = acquire(model, flat.layers, watched, type(kernels).__qualname__, structure(model), far)
+        flat.fusion = acquire(model, flat.layers, trusted(kernels), type(kernels), structure(model), far)
+    except UnsupportedModelError as error:
+        if config.deterministic:
+            raise
+        logger.warning("%s runs unfused: %s", type(model).__name__, error)
+        return str(error)
+    try:
         if flat.fusion.in_trial:
             _rehearse(flat.fusion, flat, backend)
             try_fusion(model, flat, backend, config.block_size)

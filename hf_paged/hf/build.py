@@ -85,7 +85,8 @@ def build(
     flat = flat_model(model)
     name = plugins.choose_backend(manager, found, config, flat.spec)
     backend = plugins.made("attention backend", name, found.backends[name], flat.spec)
-    if config.deterministic and not getattr(backend, "deterministic", False):
+    offers = getattr(backend, "deterministic", False) and getattr(backend, "kernels", None) is not None
+    if config.deterministic and not offers:
         raise ConfigError(f"deterministic=True, which the attention backend {name!r} doesn't offer")
     admission = _Admission(manager)
     engine = Engine(

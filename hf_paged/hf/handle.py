@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
 from hf_paged.engine.driver import Driver
-from hf_paged.errors import UnsupportedCallError, UnsupportedModelError
+from hf_paged.errors import UnsupportedCallError, UnsupportedModelError, is_out_of_memory
 from hf_paged.hf import generate
 from hf_paged.hf.attention import registration
 from hf_paged.hf.build import Built, build
@@ -120,7 +120,7 @@ class PatchedModel:
                 try:
                     built = build(self.model, self.config, self._manager, self._registry, self._seed)
                 except UnsupportedModelError as error:
-                    if not isinstance(error.__cause__, (torch.OutOfMemoryError, MemoryError)):  # these pass
+                    if not is_out_of_memory(error.__cause__):  # which passes
                         self._refused[key] = str(error)
                     raise
                 self._engines[key] = built, Driver(built.engine, release_when_idle=not self.keeps_pool)

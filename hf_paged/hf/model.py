@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_paged.hf.attention import PagedStep, SeenLayer, stepping, switched
 from hf_paged.hf.fusion.fusion import Fusion
-from hf_paged.hf.invariant import InvariantOps
+from hf_paged.hf.invariant import InvariantOps, trusted
 from hf_paged.hf.weights import WeightWatch
 from hf_paged.protocols import LayerPlan
 from hf_paged.types import Batch, CacheSpec
@@ -58,7 +58,7 @@ class FlatModel:
     def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:
         """See `PagedModel.forward`."""
         if self.invariant is not None:
-            plan = self.invariant.trusting(plan)
+            plan = trusted(plan)
         with self.invariant or nullcontext():
             return flat_forward(
                 self._model,

@@ -6,11 +6,10 @@ model is carried only after it was seen to work: chunked prefill mixed with deco
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_paged.config import PagedConfig
@@ -30,10 +29,7 @@ LONGEST_WINDOW = 64  # shorter windows are passed by the longer row, so that the
 LONGEST_BLOCK = 64  # shorter blocks likewise, so that a row is seen to have several
 NEW = 3
 TRIAL_ROW = 8
-ALONE = (2, 9, 70)  # prompt lengths that take products of few and of many rows
-# What stock attention may run on in a trial: cuDNN's, torch's choice on an H100, takes a second to set up for it.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_switches = threading.Lock()  # torch's, which are the process's
+LENGTHS = (2, 9, 20, 40, 70)  # of prompts: products of so many rows have tiles of their own on some GPU
 
 
 def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
@@ -51,13 +47,9 @@ def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, b
     past_a_block = block_size + 4 if block_size <= LONGEST_BLOCK else 0
     lengths = (ROWS[0], max([ROWS[1], past_a_block, *(window + 4 for window in windows)]))
     rows = _prompts(model, flat.vocab_size, lengths)
-    try:
+    with _trial():
         seen, tokens = _paged(flat, backend, rows, block_size)
         expected = [_stock(model, row) for row in tokens]
-    except UnsupportedModelError:
-        raise
-    except Exception as raised:
-        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(raised).__name__}: {raised}") from raised
     for prompt, got, want in zip(rows, seen, expected, strict=True):
         wanted = want[len(prompt) - 1 : len(prompt) - 1 + len(got)]
         error = float(((torch.stack(got).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
@@ -82,17 +74,30 @@ def verify_invariance(model: PreTrainedModel, flat: FlatModel, backend: Attentio
     """Compare rows' logits computed alone and at once with those computed together and in pieces, bit by bit.
 
     Raises:
-        UnsupportedModelError: they differ.
+        UnsupportedModelError: they differ, or the model fails.
     """
-    rows = _prompts(model, flat.vocab_size, ALONE)
-    together, _ = _paged(flat, backend, rows, block_size)
-    for row, logits in zip(rows, together, strict=True):
-        ((alone,), _) = _paged(flat, backend, [row], block_size, most=max(ALONE))
+    most = max(1, (flat.max_positions or LENGTHS[-1] + NEW) - NEW)
+    rows = _prompts(model, flat.vocab_size, [min(length, most) for length in LENGTHS])
+    with _trial():
+        together, _ = _paged(flat, backend, rows, block_size)
+        apart = [_paged(flat, backend, [row], block_size, most=len(row))[0][0] for row in rows]
+    for alone, logits in zip(apart, together, strict=True):
         if not all(map(torch.equal, alone, logits)):
             raise UnsupportedModelError(
                 "deterministic=True: a row's logits alone and in a batch differ in some bit; a kernel adds up in an "
                 "order that depends on the batch"
             )
+
+
+@contextmanager
+def _trial() -> Iterator[None]:
+    """What is raised within is that the model can't be carried."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as raised:
+        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(raised).__name__}: {raised}") from raised
 
 
 class _Recorder:
@@ -149,6 +154,19 @@ def _paged(
 def _stock(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
     """The logits of a plain forward over one row: float32 [tokens, vocabulary]."""
     device = model.get_input_embeddings().weight.device
-    with torch.no_grad(), _switches, sdpa_kernel(ATTENTION):
+    with torch.no_grad(), _without_cudnn(device):
         output = model(input_ids=torch.tensor([row], device=device), use_cache=False, return_dict=True)
     return output.logits[0].float()
+
+
+@contextmanager
+def _without_cudnn(device: torch.device) -> Iterator[None]:
+    """Keep stock's attention off cuDNN's, torch's choice on an H100, which takes a second to set up for a trial."""
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

@@ -67,6 +67,7 @@ class EngineLoop:
         log: sees the engine's steps.
         replica: the index that statistics bear.
         constrain: gives a request with structured outputs its constraint; called in a thread of its own.
+        owner: what has to live as long as the loop; the LLM, whose end would take the model's fused layers along.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class EngineLoop:
         log: StepLog,
         replica: int,
         constrain: Callable[[Request], None],
+        owner: object = None,
     ) -> None:
         self._engine = engine
+        self._owner = owner
         self._inbox, self._outbox = inbox, outbox
         self._log = log
         self._replica = replica

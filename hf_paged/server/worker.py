@@ -82,7 +82,7 @@ def main() -> None:
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.connect(address)
     try:
-        llm, loop, ready = build(orders, inbox, outbox)
+        loop, ready = build(orders, inbox, outbox)
     except Exception as error:
         logger.exception("the engine can't be built")
         outbox.send(encode(Failed(f"{type(error).__name__}: {error}", usage=isinstance(error, HFPagedError))))
@@ -91,7 +91,6 @@ def main() -> None:
         raise SystemExit(1) from error
     outbox.send(encode(ready))
     loop.run()
-    del llm  # not before: its fused layers and its place in Transformers' registries go with it
     outbox.close(linger=1000)
     os._exit(0)  # nothing is left to do, and destructors of GPU libraries may take seconds
 
@@ -104,11 +103,8 @@ def _die_with_front() -> None:
     os._exit(1)
 
 
-def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> tuple[LLM, EngineLoop, Ready]:
+def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> tuple[EngineLoop, Ready]:
     """Load the model, build the engine and warm it up.
-
-    Returns:
-        The LLM, to be held as long as the loop runs: what it put on its model goes with it.
 
     Raises:
         HFPagedError: an option or the model is wrong; trying again is of no use.
@@ -131,7 +127,7 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
     log.take()
     gc.collect()
     gc.freeze()  # the model's objects stay; the collector need not walk them
-    loop = EngineLoop(engine, inbox, outbox, log, orders.replica, _constrainer(built.manager, config))
+    loop = EngineLoop(engine, inbox, outbox, log, orders.replica, _constrainer(built.manager, config), llm)
     ready = Ready(
         pid=os.getpid(),
         model=type(model).__name__,
@@ -149,7 +145,7 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
         structured=bool(built.manager.hook.constrain_request.get_hookimpls()),
         defaults=_defaults(model),
     )
-    return llm, loop, ready
+    return loop, ready
 
 
 def _load(orders: Orders) -> Any:

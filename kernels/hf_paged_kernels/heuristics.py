@@ -15,8 +15,8 @@ import torch
 class DecodeConfig:
     """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges.
 
-    `early`: this kernel comes in before the one before it has ended, and lets the next one in at once; or else only
-    when it has read its keys.
+    `early`: it comes in before the kernel before it has ended, and lets the next one in at once. Else it comes in after
+    that, and lets the next one in when it has read its keys.
     """
 
     num_warps: int

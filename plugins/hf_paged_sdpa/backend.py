@@ -61,6 +61,8 @@ class Row:
 class SDPAPlan:
     """One step over the cache."""
 
+    exact = False
+
     def __init__(self, batch: Batch, cache: KVCache) -> None:
         spec = cache.spec
         self._cache = cache
@@ -136,12 +138,14 @@ class SDPAPlan:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `RotaryPlan.run_rotary`."""
-        query, key = (rotate(x, cos, sin, interleaved=interleaved) for x in (query, key))
+        query, key = (rotate(x, cos, sin, interleaved=interleaved, exact=self.exact) for x in (query, key))
         return self.run(layer, query, key, value, scale=scale, softcap=softcap, sinks=sinks)
 
 
 class OneByOne(SDPAPlan):
     """The same with each query for itself, over a copy of its keys: nothing tells in which step it came, and where."""
+
+    exact = True
 
     def __init__(self, batch: Batch, cache: KVCache) -> None:
         super().__init__(batch, cache)

@@ -60,7 +60,8 @@ class TiledKernels(TorchKernels):
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
         """See `Kernels.gated`."""
-        return _gated(self.linear(x, weight, None, norm), kind)
+        rows = self.linear(x, weight, None, norm).split(1)  # one at a time: see `hf_paged.hf.vectors`
+        return torch.cat([_gated(row, kind) for row in rows])
 
     def add_linear(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -97,13 +98,21 @@ def _weight_goes_left(x: torch.Tensor) -> bool:
     return len(x) <= FEW_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
-    """The first elements of each head turned (Su et al., 2021): [T, heads, head_dim], by angles [T, half of them]."""
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, exact: bool = False
+) -> torch.Tensor:
+    """The first elements of each head turned (Su et al., 2021): [T, heads, head_dim], by angles [T, half of them].
+
+    `exact`: each product and sum rounded for itself, so that vector and scalar code give the same.
+    """
     half = cos.shape[-1]
     if 2 * half > x.shape[-1]:
         raise ValueError(f"cos has {half} angles; heads of {x.shape[-1]} elements take {x.shape[-1] // 2} at most")
     cos, sin, turned = cos[:, None], sin[:, None], x[..., : 2 * half]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    pair = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    if exact:
+        pair = a * cos - b * sin, b * cos + a * sin
+    else:
+        pair = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return out if 2 * half == x.shape[-1] else torch.cat([out, x[..., 2 * half :]], -1)

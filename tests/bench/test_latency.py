@@ -42,6 +42,13 @@ def test_the_first_token_alone(model: str, capsys: pytest.CaptureFixture[str]) -
     assert found["seconds_to_first_token"] > 0
 
 
+def test_what_would_be_ignored_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "latency", "--model", model, "--workload", "none", "--engine", "patched"]) == 2
+    assert "of --engine patched there is nothing to time" in capsys.readouterr().err
+    assert cli.main(["bench", "latency", "--dtype", "float32", "--workload", "B"]) == 2
+    assert "--dtype float32: the random 8B model is in bfloat16" in capsys.readouterr().err
+
+
 def test_an_unknown_workload_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "latency", "--model", model, "--workload", "B,Z"]) == 2
     assert "unknown workload 'Z'; known are B, E" in capsys.readouterr().err

@@ -8,6 +8,8 @@ import pytest
 
 from hf_paged import cli
 from hf_paged.bench import soak
+from hf_paged.engine.engine import Engine
+from hf_paged.types import Request
 
 COMMAND = ["bench", "soak", "--requests", "60", "--in-flight", "12", "--cancel", "0.3", "--device", "cpu"]
 
@@ -42,6 +44,26 @@ def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(soak.Soak, "_alone", last_token_changed)
     assert cli.main(COMMAND) == 1
     assert summary(capsys)["wrong"] > 0
+
+
+def test_a_request_that_the_engine_forgets_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Engine.add
+
+    def add(self: Engine, request: Request) -> None:
+        if not request.request_id.startswith("7/"):
+            real(self, request)
+
+    monkeypatch.setattr(Engine, "add", add)
+    assert cli.main(COMMAND) == 1
+    assert summary(capsys)["lost"] == 1
+
+
+def test_a_share_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "soak", "--cancel", "7"])
+    assert "between 0 and 1, got '7'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seen", "flat"), [([100, 101, 100, 101], True), ([100, 101, 200, 300], False), ([5], True)])

@@ -68,14 +68,34 @@ def test_where_the_pool_is_given_back_graphs_have_to_be_wanted_often():
     assert own.layout(step(2)) is None  # another one
 
 
-@pytest.mark.parametrize(("error", "left"), [(torch.OutOfMemoryError, 1), (RuntimeError, 0)])
-def test_out_of_memory_steps_that_prefill_go_without_graphs_first(monkeypatch, error, left):
+def behind_another():
+    """A capture that can't be ended hides why."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError:
+        raise RuntimeError("capture was invalidated")  # noqa: B904
+
+
+def raised(error):
+    raise error
+
+
+FAILURES = [
+    (lambda: raised(torch.OutOfMemoryError("CUDA out of memory")), 1),
+    (lambda: raised(RuntimeError("CUDA error: out of memory")), 1),
+    (lambda: raised(RuntimeError("operation not permitted")), 0),
+    (behind_another, 1),
+]
+
+
+@pytest.mark.parametrize(("fail", "left"), FAILURES)
+def test_out_of_memory_steps_that_prefill_go_without_graphs_first(monkeypatch, fail, left):
     own, cache = graphs(max_num_seqs=8), FakeCache()
     captured = []
 
     def capture(layout, cache):
         if layout.prompts:
-            raise error("no room")
+            fail()
         own._graphs[layout] = None
         captured.append(layout)
 
@@ -91,7 +111,7 @@ def test_out_of_memory_twice_nothing_is_captured(monkeypatch):
     own = graphs(max_num_seqs=8)
 
     def capture(layout, cache):
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(own, "_capture", capture)
     own.capture_all(FakeCache())

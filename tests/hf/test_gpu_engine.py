@@ -9,6 +9,7 @@ from stock import Expected, build, rows_of
 import hf_paged
 import zoo
 from hf_paged import LLM, SamplingParams
+from hf_paged.engine.logprobs import top_logprobs
 from hf_paged.hf.handle import patched
 
 pytestmark = pytest.mark.gpu
@@ -141,18 +142,28 @@ def test_an_adapter_takes_effect():
 def test_deterministic_results_do_not_depend_on_the_batch(family, dtype):
     model = build(family).to(dtype).cuda()
     prompts = zoo.prompts(3, [3, 90, 14, 20, 6, 26, 150, 17] * 10)
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=4, max_tokens=24, ignore_eos=True, logprobs=0),
+    ]
+    params = (params * len(prompts))[: len(prompts)]  # by turns
 
-    def results(llm, prompts):
+    def results(llm, prompts, params):
         outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
         return [(out.token_ids, [{t: e.logprob for t, e in at.items()} for at in out.logprobs]) for out in outputs]
 
     with LLM(model, deterministic=True, max_num_batched_tokens=128, **SMALL) as llm:
-        together = results(llm, prompts)
+        together = results(llm, prompts, params)
         assert graphs_of(llm)._graphs
     with LLM(model, deterministic=True, enforce_eager=True, **SMALL) as llm:
-        assert [results(llm, [prompt])[0] for prompt in prompts[:8]] == together[:8]
-        assert results(llm, prompts[:8]) == together[:8]  # from the prefix cache
+        assert [results(llm, [p], [s])[0] for p, s in zip(prompts[:8], params[:8], strict=True)] == together[:8]
+        assert results(llm, prompts[:8], params[:8]) == together[:8]  # from the prefix cache
+
+
+def test_log_probabilities_do_not_depend_on_where_a_row_lies():
+    logits = torch.randn(9, 50257, device="cuda")  # an odd number: rows begin anywhere
+    for row in logits:
+        assert top_logprobs(row, 5, 3) == top_logprobs(row.clone(), 5, 3)
 
 
 def test_memory_is_given_back():

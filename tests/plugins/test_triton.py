@@ -132,6 +132,11 @@ def test_short_prompts_and_deterministic_rows_are_read_through_their_tables(monk
     check(rows, deterministic=True, window=9)
     monkeypatch.undo()
     check(rows, window=9)
+    batch = BatchBuilder(SIZE, 1, DEVICE).build(Step([scheduled([1, 2, 3, 4], *row) for row in rows]))
+    assert stretches.stretches(batch)[2] is None
+    decode, between, fresh = stretches.one_stretch(batch)
+    assert (decode, fresh) == (None, None)
+    assert between.tokens == slice(0, sum(count for _, count in rows))
 
 
 @pytest.mark.parametrize("window", [1, 7, 20])

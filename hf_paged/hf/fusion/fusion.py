@@ -39,7 +39,7 @@ class Fusion:
         model: PreTrainedModel,
         layers: Sequence[SeenLayer],
         kernels: Kernels,
-        kind: Hashable,
+        kind: object,
         key: Hashable,
         far: int,
     ) -> None:
@@ -186,7 +186,7 @@ def acquire(
     model: PreTrainedModel,
     layers: Sequence[SeenLayer],
     kernels: Kernels,
-    kind: Hashable,
+    kind: object,
     key: Hashable,
     far: int,
 ) -> Fusion:
@@ -203,7 +203,9 @@ def acquire(
     with _lock:
         found: Fusion | None = vars(model).get(_PLACE)
         if found is not None and found.key == key and found.kind != kind:
-            raise UnsupportedModelError("another engine of this model has its layers fused with other kernels")
+            raise UnsupportedModelError(
+                "another engine of this model has its layers fused with other kernels; close that engine first"
+            )
         if found is not None and found.key != key:
             found.undo()
             found = None
