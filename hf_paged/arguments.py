@@ -42,7 +42,9 @@ def paged_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE arguments as a dict; a value that is a Python literal becomes it, any other stays text.
+    """NAME=VALUE arguments as a dict; a value that is a Python literal becomes it, or true, false and none in any case.
+
+    Any other stays text.
 
     Raises:
         ConfigError: an argument has no '='.
@@ -53,7 +55,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator or not name:
             raise ConfigError(f"an option is given as NAME=VALUE, got {pair!r}")
         try:
-            options[name] = ast.literal_eval(value)
+            options[name] = ast.literal_eval(value.title() if value.lower() in ("true", "false", "none") else value)
         except (ValueError, SyntaxError):
             options[name] = value
     return options

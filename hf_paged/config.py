@@ -70,6 +70,10 @@ class PagedConfig:
                 raise ConfigError(f"{name} must be an integer of at least 1, or None, got {value!r}")
         if not _positive(self.max_num_seqs):
             raise ConfigError(f"max_num_seqs must be an integer of at least 1, got {self.max_num_seqs!r}")
+        for name in ("enforce_eager", "fusions", "deterministic", "enable_prefix_caching", "keep_pool"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "keep_pool" and value is None):
+                raise ConfigError(f"{name} must be True or False, got {value!r}")
         self._check_memory()
         if self.on_unsupported not in ("warn", "error", "silent"):
             raise ConfigError(f"on_unsupported must be 'warn', 'error' or 'silent', got {self.on_unsupported!r}")

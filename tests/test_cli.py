@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import zoo
 from hf_paged import cli, hookimpl, plugins
 from hf_paged._version import __version__
+from hf_paged.arguments import paged_options
 from hf_paged.demo import smollm2
 from hf_paged.errors import HFPagedError
 
@@ -111,6 +112,13 @@ def test_generate_samples_the_same_for_the_same_seed(tiny_dir, capsys):
     assert texts[0] == texts[1]
 
 
+def test_options_are_literals_or_words() -> None:
+    pairs = ["deterministic=true", "fusions=False", "kv_memory=0.5", "scheduler=priority", "num_blocks=none"]
+    found = paged_options(pairs)
+    assert (found["deterministic"], found["fusions"], found["kv_memory"]) == (True, False, 0.5)
+    assert (found["scheduler"], found["num_blocks"]) == ("priority", None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +129,7 @@ def test_generate_samples_the_same_for_the_same_seed(tiny_dir, capsys):
         (["generate", "MODEL", "--prompt", "x", "--option", "blocksize=16"], "unknown option 'blocksize'"),
         (["generate", "MODEL", "--prompt", "x", "--option", "block_size=17"], "power of two, got 17"),
         (["generate", "MODEL", "--prompt", "x", "--option", "block_size"], "NAME=VALUE, got 'block_size'"),
+        (["generate", "MODEL", "--prompt", "x", "--option", "fusions=yes"], "fusions must be True or False, got 'yes'"),
         (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "unknown device 'abacus'"),
         (["check", "no/such/model"], "model 'no/such/model' can't be loaded"),
         (["bench", "throughput", "--engine", "hf_paged,vllm"], "unknown engine 'vllm'; known are"),

@@ -128,6 +128,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"kv_memory": 1.5}, ("kv_memory", "1.5", "(0, 1]")),
     ({"kv_memory": 0}, ("kv_memory", "0")),
     ({"num_blocks": 8, "kv_memory": 0.5}, ("num_blocks=8", "kv_memory=0.5", "give one")),
+    ({"fusions": "true"}, ("fusions", "True or False", "'true'")),
     ({"on_unsupported": "explode"}, ("on_unsupported", "'explode'", "'warn'", "'error'", "'silent'")),
     ({"num_block": 8}, ("unknown option 'num_block'", "num_blocks")),
 ]

@@ -82,7 +82,7 @@ def test_nothing_changes_but_bits(dtype):
     torch.testing.assert_close(kernels.rms_norm(x, norm, eps=1e-5, invariant=True), expected, atol=2e-2, rtol=2e-2)
     got = kernels.linear(x, weight, norm_weight=norm, eps=1e-5, invariant=True)
     wanted = expected.double() @ weight.double().T
-    assert (got.double() - wanted).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * wanted.norm()
+    assert (got.double() - wanted).norm() <= (3e-2 if dtype == torch.bfloat16 else 1e-6) * wanted.norm()
 
 
 def test_attention_without_tables_is_refused():
