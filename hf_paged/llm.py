@@ -74,6 +74,11 @@ class LLM:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
         if not _is_share(gpu_memory_utilization):
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization!r}")
+        config = (config or PagedConfig()).replace(**options)
+        if enforce_eager:
+            config = config.replace(enforce_eager=True)
+        if config.keep_pool is None:
+            config = config.replace(keep_pool=True)
         if not isinstance(model, str):
             wanted = None if dtype == "auto" else dtype
             _check_nothing_to_load(dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
@@ -83,11 +88,6 @@ class LLM:
         needs_one = not skip_tokenizer_init and isinstance(name, str) and bool(name)
         self.tokenizer = load_tokenizer(name, **loading) if needs_one else None if skip_tokenizer_init else tokenizer
         self.chat_template = chat_template
-        config = (config or PagedConfig()).replace(**options)
-        if enforce_eager:
-            config = config.replace(enforce_eager=True)
-        if config.keep_pool is None:
-            config = config.replace(keep_pool=True)
         if config.num_blocks is None and config.kv_memory is None and self.model.device.type == "cuda":
             config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)

@@ -119,7 +119,7 @@ class Soak:
         self.memory: dict[str, list[int]] = {"host": []}
         if engine.model.spec.device.type == "cuda":
             self.memory["device"] = []
-        self._answers = [self._alone(prompt) for prompt in self._prompts]
+        self._answers = [self._alone(prompt) for prompt in tqdm(self._prompts, "answers alone", unit="req")]
 
     def run(self, count: int) -> None:
         """Run so many requests."""

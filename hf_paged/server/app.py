@@ -120,6 +120,10 @@ def from_validation(errors: Any) -> APIError:
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return invalid(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if not path and first["type"] == "model_attributes_type":
+        return invalid(
+            "the body is not taken for a JSON object; send one, with the header Content-Type: application/json"
+        )
     field = ".".join(path)
     if first["type"] == "extra_forbidden":
         return invalid(f"{field!r} is not a field that this server honours; leave it out", field, "unknown_field")

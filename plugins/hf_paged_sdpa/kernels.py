@@ -75,7 +75,7 @@ def _tiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows = len(x)
     padded = x.new_zeros(-(-rows // TILE) * TILE, x.shape[1])
     padded[:rows] = x
-    return torch.cat([torch.mm(weight, tile.t()).t() for tile in padded.split(TILE)])[:rows].contiguous()
+    return torch.cat([_product(tile, weight) for tile in padded.split(TILE)])[:rows].contiguous()
 
 
 def _gated(gate_up: torch.Tensor, kind: str) -> torch.Tensor:

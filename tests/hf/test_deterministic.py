@@ -10,7 +10,7 @@ import torch
 import hf_paged
 import zoo
 from hf_paged import LLM, ConfigError, SamplingParams, UnsupportedModelError
-from hf_paged.hf import invariant
+from hf_paged.hf import invariant, verify
 from hf_paged.hf.vectors import in_whole_vectors
 from hf_paged_sdpa.kernels import TiledKernels
 
@@ -137,14 +137,15 @@ def test_the_proof_takes_products_of_few_and_of_many_rows(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(TiledKernels, "linear", linear)
     LLM(zoo.build("llama"), **TIGHT).close()
-    assert rows >= {1, 2, 9, 20, 40, 70}
+    assert rows >= {1, 2, 9, 20}  # one tile, and more than one
+    assert verify.LENGTHS[-1] > 64  # on a GPU: as many as large tiles take
 
 
 def test_a_model_of_few_positions_is_proved_with_those() -> None:
     model = zoo.build("llama")
-    model.config.max_position_embeddings = 40
+    model.config.max_position_embeddings = 20
     with LLM(model, **TIGHT) as llm:
-        assert llm.generate([[5] * 30], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
+        assert llm.generate([[5] * 12], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
 
 
 @pytest.mark.parametrize("threads", [1, 3, 4])

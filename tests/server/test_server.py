@@ -105,6 +105,9 @@ def test_fields_of_chat_that_are_not_honoured(
 def test_other_errors_have_the_same_body(tiny_server: ServerProcess) -> None:
     assert error_of(httpx.get(tiny_server.url + "/nothing"))["type"] == "not_found_error"
     assert httpx.get(tiny_server.url + "/v1/completions").status_code == 405
+    plain = httpx.post(tiny_server.url + "/v1/completions", content=b'{"prompt": "x"}')
+    assert plain.status_code == 400
+    assert "Content-Type: application/json" in error_of(plain)["message"]
     broken = httpx.post(tiny_server.url + "/v1/completions", content=b"{")
     assert (broken.status_code, error_of(broken)["type"]) == (400, "invalid_request_error")
     assert post(tiny_server, "/v1/completions", {"prompt": "x", "model": "other"}).status_code == 404
