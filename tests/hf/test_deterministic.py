@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stock import build
 
 import hf_paged
 import zoo
@@ -40,10 +41,10 @@ def results(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[
 def test_alone_or_in_a_batch_in_pieces_preempted_or_from_the_cache(family: str) -> None:
     prompts = zoo.prompts(3, LENGTHS)
     for params in PARAMS if family == "llama" else PARAMS[:1]:
-        with LLM(zoo.build(family), **TIGHT) as llm:
+        with LLM(build(family), **TIGHT) as llm:
             together = results(llm, prompts, params)
             assert llm.stats.num_preemptions > 0
-        with LLM(zoo.build(family), **{**TIGHT, "max_num_batched_tokens": 512}) as llm:
+        with LLM(build(family), **{**TIGHT, "max_num_batched_tokens": 512}) as llm:
             for _ in range(2):  # the second time from the prefix cache
                 assert [results(llm, [prompt], params)[0] for prompt in prompts] == together
 
