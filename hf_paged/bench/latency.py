@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import engines, models, report
+from hf_paged.bench import engines, models, output, report
 from hf_paged.bench.workloads import UNIFORM, Item, Uniform
 from hf_paged.errors import ConfigError
 
@@ -37,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--repeats", type=at_least_one, default=3, help="runs of each workload (default: 3)")
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    output.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -65,10 +63,7 @@ def run(args: argparse.Namespace) -> int:
         "environment": report.environment(model, name),
     }
     _show(measured, Console())
-    line = json.dumps(summary)
-    if args.json:
-        args.json.write_text(line + "\n")
-    print(line)
+    output.write(summary, args.json)
     return 0
 
 

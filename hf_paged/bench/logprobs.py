@@ -7,10 +7,8 @@ expect. hf_paged is made to generate the continuation, so that its prefill, deco
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models, report
+from hf_paged.bench import models, output, report
 from hf_paged.errors import ConfigError
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request, Sampled
@@ -38,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt-len", type=at_least_one, default=256, help="default: %(default)s")
     parser.add_argument("--output-len", type=at_least_one, default=64, help="default: %(default)s")
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    output.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -68,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
         "environment": environment,
     }
     _show(errors, Console())
-    line = json.dumps(summary)
-    if args.json:
-        args.json.write_text(line + "\n")
-    print(line)
+    output.write(summary, args.json)
     return 0
 
 
@@ -96,13 +91,7 @@ def generated(model: Any, rows: Sequence[list[int]], prompt: int, paged: dict[st
         engine = llm.engine()[0].engine
         requests = [Request(str(i), row[:prompt], params, sampler=forced) for i, row in enumerate(rows)]
         forced.wanted = dict(zip(requests, rows, strict=True))
-        for request in requests:
-            engine.add(request)
-        while engine.has_work:
-            engine.step()
-    for request in requests:
-        if request.error is not None:
-            raise request.error
+        engine.run(requests)
     return torch.stack([torch.stack(forced.scored[request]) for request in requests]).cpu()
 
 

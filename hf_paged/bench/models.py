@@ -12,6 +12,7 @@ from hf_paged.errors import ConfigError
 from hf_paged.hf.load import load_model, load_tokenizer, random_model
 
 LLAMA_8B = "random weights in Llama-3.1-8B's shape"
+TINY_LLAMA = "a random Llama of four layers"
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -94,5 +95,22 @@ def llama_8b_shape(device: torch.device) -> Any:
         initializer_range=0.02,
         tie_word_embeddings=False,
         dtype="bfloat16",
+    )
+    return random_model(config, device)
+
+
+def tiny_llama(device: torch.device, dtype: str = "auto") -> Any:
+    """A random model of four small layers, in float32 unless told otherwise."""
+    config = LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        vocab_size=2048,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        dtype="float32" if dtype == "auto" else dtype,
     )
     return random_model(config, device)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from hf_paged._version import __version__
 from hf_paged.arguments import at_least_one
-from hf_paged.bench import workloads
+from hf_paged.bench import output, workloads
 from hf_paged.bench.load import arrivals, figures, plot, target
 from hf_paged.bench.load.client import Timed, complete
 from hf_paged.errors import ConfigError
@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--slo", metavar="ttft=S,tpot=S,e2e=S", help="what counts as served well, for the goodput")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    output.add_option(parser)
     parser.add_argument("--allow-remote", action="store_true", help="load a server on another machine")
     parser.set_defaults(run=run)
 
@@ -94,10 +94,7 @@ def run(args: argparse.Namespace) -> int:
     show(summary, Console(stderr=True))
     if args.plot:
         plot.draw(requests, summary, args.plot)
-    line = json.dumps(summary)
-    if args.json:
-        args.json.write_text(line + "\n")
-    print(line)
+    output.write(summary, args.json)
     return 0 if summary["completed"] else 1
 
 

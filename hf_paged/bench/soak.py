@@ -7,28 +7,23 @@ each prompt's answer is was found out before, alone. Requests come as fast as ot
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
 from tqdm import tqdm
-from transformers import LlamaConfig
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models, report
+from hf_paged.bench import models, output, report
 from hf_paged.engine.engine import Engine
-from hf_paged.hf.load import random_model
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request
 
 PROMPTS, LONGEST_PROMPT, LONGEST_OUTPUT = 64, 96, 48
-TINY = "a random Llama of four layers"
 SAMPLES = 20  # of memory
 FLAT = 1.02  # the most that the last sample may be of the largest of the first half: allocators are never quite still
 SLACK = 32 * 2**20  # bytes
@@ -43,13 +38,13 @@ def add_parser(subparsers: Any) -> None:
         "prompt alone, and watch blocks and memory. Exit status 1 if one was wrong, lost or leaked. In half precision "
         "answers depend on the batch, but for --option deterministic=true. The last line on stdout is JSON.",
     )
-    parser.add_argument("--model", help=f"name or directory (default: {TINY}, in float32)")
+    parser.add_argument("--model", help=f"name or directory (default: {models.TINY_LLAMA}, in float32)")
     add_model_options(parser)
     parser.add_argument("--requests", type=at_least_one, default=20_000, help="default: %(default)s")
     parser.add_argument("--in-flight", type=at_least_one, default=200, help="requests at a time (default: %(default)s)")
     parser.add_argument("--cancel", type=_share, default=0.1, help="share of them cancelled (default: %(default)s)")
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    output.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -61,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         model, name = models.load(args.model, args.device, args.dtype), args.model
     else:
-        model, name = _tiny(models.pick_device(args.device)), TINY
+        model, name = models.tiny_llama(models.pick_device(args.device), args.dtype), models.TINY_LLAMA
     # Few enough blocks that requests are preempted.
     blocks = max(16, args.in_flight * (LONGEST_PROMPT + LONGEST_OUTPUT) // 3 // 16)
     options = {"num_blocks": blocks, **paged_options(args.option)}
@@ -92,10 +87,7 @@ def run(args: argparse.Namespace) -> int:
     }
     good = summary["flat"] and not any(summary[x] for x in ("wrong", "failed", "lost", "blocks_leaked"))
     console.print("answers right, nothing lost or leaked, memory flat" if good else "[red]not as it has to be[/red]")
-    line = json.dumps(summary)
-    if args.json:
-        args.json.write_text(line + "\n")
-    print(line)
+    output.write(summary, args.json)
     return 0 if good else 1
 
 
@@ -178,12 +170,8 @@ class Soak:
         request = Request(
             "alone", list(prompt), SamplingParams(temperature=0.0, max_tokens=LONGEST_OUTPUT, ignore_eos=True)
         )
-        self._engine.add(request)
-        while self._engine.has_work:
-            self._engine.step()
+        self._engine.run([request])
         self._engine.forget()
-        if request.error is not None:
-            raise request.error
         return list(request.output_token_ids)
 
     def _make_prompts(self) -> list[list[int]]:
@@ -215,19 +203,3 @@ def _share(text: str) -> float:
 def _is_flat(seen: Sequence[int]) -> bool:
     half = seen[: len(seen) // 2]
     return not half or seen[-1] <= max(max(half) * FLAT, max(half) + SLACK)
-
-
-def _tiny(device: torch.device) -> Any:
-    config = LlamaConfig(
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=512,
-        vocab_size=2048,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        dtype="float32",
-    )
-    return random_model(config, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options, parse_options
-from hf_paged.bench import engines, models, profile, report, workloads
+from hf_paged.bench import engines, models, output, profile, report, workloads
 from hf_paged.bench.run import Run
 from hf_paged.demo import smollm2
 from hf_paged.errors import ConfigError
@@ -57,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="run hf_paged once more, write a trace of some steps there (for Perfetto), and tell how busy the GPU was",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
+    output.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -91,10 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.profile:
         summary["profile"] = profile.run(model, workload.items, options.paged, args.profile)
         profile.show(summary["profile"], Console())
-    line = json.dumps(summary)
-    if args.json:
-        args.json.write_text(line + "\n")
-    print(line)
+    output.write(summary, args.json)
     return 0
 
 

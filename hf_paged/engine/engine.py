@@ -158,6 +158,20 @@ class Engine:
         with on_device(self.model.spec.device), torch.no_grad():
             return self._step()
 
+    def run(self, requests: Sequence[Request]) -> None:
+        """Carry requests to their end, with whatever else there is.
+
+        Raises:
+            whatever ended the first of them that failed.
+        """
+        for request in requests:
+            self.add(request)
+        while self.has_work:
+            self.step()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+
     def _step(self) -> list[Request]:
         flight = self._flight or self._launch(None)
         if flight is None:

@@ -57,8 +57,10 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     far = max((flat.max_positions or FAR) - 1, 0)
+    kind = type(kernels), config.deterministic
     try:
-        flat.fusion = acquire(model, flat.layers, trusted(kernels), type(kernels), structure(model), far)
+        own = trusted(kernels) if config.deterministic else kernels
+        flat.fusion = acquire(model, flat.layers, own, kind, structure(model), far)
     except UnsupportedModelError as error:
         if config.deterministic:
             raise

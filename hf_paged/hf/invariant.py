@@ -95,7 +95,10 @@ class _Trusted:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._target, name)
-        return _without_watching(found) if callable(found) else found
+        if callable(found):
+            found = _without_watching(found)
+            setattr(self, name, found)  # to be found at once from now on
+        return found
 
 
 def _without_watching(call: Callable[..., Any]) -> Callable[..., Any]:

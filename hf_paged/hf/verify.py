@@ -143,13 +143,7 @@ def _paged(
     engine, recorder = Engine(flat, backend, config), _Recorder()
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     requests = [Request(str(i), list(row), params, sampler=recorder) for i, row in enumerate(rows)]
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
-    for request in requests:
-        if request.error is not None:
-            raise request.error
+    engine.run(requests)
     return [recorder.logits[request.request_id] for request in requests], [request.token_ids for request in requests]
 
 

@@ -120,9 +120,7 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
     engine = built.engine
     engine.warm_up()
     # A first request compiles what is compiled late; nobody should wait for that.
-    engine.add(Request("warm-up", [1] * 8, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
-    while engine.has_work:
-        engine.step()
+    engine.run([Request("warm-up", [1] * 8, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))])
     engine.forget()
     log.take()
     gc.collect()
