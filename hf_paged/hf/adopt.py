@@ -21,7 +21,7 @@ from hf_paged.protocols import AttentionBackend
 
 logger = logging.getLogger(__name__)
 
-REHEARSED = (1, 16)  # tokens: those of the trials and of the first answers, to the kernels
+REHEARSED = (1, 16, 2048)  # tokens: those of the trials and of the first answers, to the kernels; a longer prompt
 FAR = 4096  # where a model doesn't say how far its positions reach
 
 

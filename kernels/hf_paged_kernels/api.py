@@ -397,7 +397,7 @@ def linear(
     out: Tensor | None = None,
     impl: str = "triton",
 ) -> Tensor:
-    """A linear layer for few tokens, with what stands beside it in a decoder layer; returns `out` [tokens, n].
+    """A linear layer, with what stands beside it in a decoder layer; returns `out` [tokens, n].
 
     x [tokens, k], float16 or bfloat16, with any row stride; weight [n, k], as torch.nn.Linear holds it, with any row
     stride; bias [n]. In this order: with norm_weight [k], x is first normed, as by `rms_norm` with this `eps` and
@@ -407,7 +407,7 @@ def linear(
     overlap x. A new `out` is contiguous.
 
     Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. `invariant`: a token's result has
-    the same bits however many tokens there are; x may be float32 then, and large tiles serve many tokens.
+    the same bits however many tokens there are; x may be float32 then.
 
     On Hopper the weights are read before the kernel in front has ended, if that is one of this package: none of these
     may write weight or norm_weight right before.

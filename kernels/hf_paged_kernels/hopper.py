@@ -15,19 +15,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .copies import DTYPES, async_load, barriers, descriptor, pieces, runs_on, whole
 from .heuristics import hopper_config, sm_count
 
 ROWS_M = 128  # (token, head) rows of a program, in two halves
-CHUNK = 64  # 2-byte elements in the 128 bytes that the copy engine swizzles
-# Names that moved between the Triton versions tried, 3.6 and 3.9.
-_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 
 
 @triton.constexpr_function
@@ -92,7 +87,7 @@ def _copy_tile(
         else:
             row = first_row + at
         for c in gl.static_range(CHUNKS):
-            _async_load(desc, [row, column + c * 64], full, buffer.index(base + c * PIECES + i))
+            async_load(desc, [row, column + c * 64], full, buffer.index(base + c * PIECES + i))
 
 
 @gluon.jit
@@ -276,24 +271,12 @@ def _kernel(
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PIECES: gl.constexpr = STAGES * (BLOCK_N // ROWS) * (DIM // 64)
     q_buffer = gl.allocate_shared_memory(dtype, [2, 64, DIM], SHARED)
-    k_buffer = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], SHARED)
-    v_buffer = gl.allocate_shared_memory(dtype, [PIECES, ROWS, 64], SHARED)
-    # The same memory as whole tiles: a swizzled tile is its 64-column chunks, one behind the other.
-    if PRIVATE_REINTERPRET:
-        k_tiles = k_buffer._reinterpret(dtype, [STAGES, BLOCK_N, DIM], SHARED)
-        v_tiles = v_buffer._reinterpret(dtype, [STAGES, BLOCK_N, DIM], SHARED)
-    else:
-        k_tiles = k_buffer.reinterpret(dtype, [STAGES, BLOCK_N, DIM], SHARED)
-        v_tiles = v_buffer.reinterpret(dtype, [STAGES, BLOCK_N, DIM], SHARED)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(k_empty.index(s), count=2)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(v_empty.index(s), count=2)
+    k_buffer = pieces(dtype, PIECES, ROWS)
+    v_buffer = pieces(dtype, PIECES, ROWS)
+    k_tiles = whole(k_buffer, STAGES, BLOCK_N, DIM)
+    v_tiles = whole(v_buffer, STAGES, BLOCK_N, DIM)
+    k_full, k_empty = barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -333,12 +316,10 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: 
     key and value are [tokens, heads, dim], or caches [blocks, page, heads, dim] whose tokens lie one row stride apart.
     `plain`: neither window nor soft-cap, sinks, ALiBi or scales.
     """
-    if not plain or not rows or query.device.type != "cuda":
-        return False
-    if torch.cuda.get_device_capability(query.device) != (9, 0):
+    if not plain or not rows or not runs_on(query.device):
         return False
     heads, dim = key.shape[-2:]
-    if dim not in (64, 128) or value.shape[-1] != dim or key.dtype not in (torch.float16, torch.bfloat16):
+    if dim not in (64, 128) or value.shape[-1] != dim or key.dtype not in DTYPES:
         return False
     if ROWS_M % (query.shape[1] // heads) or query.stride(0) % 8 or query.stride(1) % 8 or query.data_ptr() % 16:
         return False
@@ -350,12 +331,10 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: 
     return True
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A 2-D view of x, a row a token, that copies `rows` of them by one column chunk."""
-    heads, dim = x.shape[-2:]
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """A 2-D view of keys or values, a row a token."""
     tokens = x.shape[0] * (x.shape[1] if x.dim() == 4 else 1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [tokens, heads * dim], [x.stride(-3), 1], [rows, CHUNK], layout)
+    return x.as_strided((tokens, x.shape[-2] * x.shape[-1]), (x.stride(-3), 1))
 
 
 def prefill(
@@ -381,7 +360,7 @@ def prefill(
     piece = page if paged else block_n
     total = kv_heads * (tokens // (ROWS_M // group) + rows + 1)
     _kernel[(min(total, sm_count(query.device)),)](
-        query, _descriptor(key, piece), _descriptor(value, piece), out,
+        query, descriptor(_by_token(key), piece), descriptor(_by_token(value), piece), out,
         block_tables if paged else query_start_loc, query_start_loc, seq_lens if paged else query_start_loc,
         scale, tokens, rows, kv_heads, total, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         block_tables.stride(0) if paged else 0,

@@ -15,26 +15,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activation import activate
-from .common import WIDEN, await_previous, overlap
+from .common import await_previous, overlap
+from .copies import DTYPES, async_load, barriers, copyable, descriptor, pieces, runs_on, whole
 from .heuristics import LinearConfig
 
-DTYPES = (torch.float16, torch.bfloat16)
-CHUNK = 64  # 2-byte elements in the 128 bytes that the copy engine swizzles
-# Names that moved between the Triton versions tried, 3.6 and 3.9.
-_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-PRIVATE_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "_reinterpret"))
 _activate = gluon.jit(activate.fn)
 
 
 @gluon.jit
-def _take(buffer, empty, full, done, SIZE: gl.constexpr, STAGES: gl.constexpr):
+def _take(empty, full, done, SIZE: gl.constexpr, STAGES: gl.constexpr):
     """Waits for the stage of tile `done` to come free; returns (stage, its barrier, which now expects SIZE bytes)."""
     stage = done % STAGES
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
@@ -59,11 +53,11 @@ def _stream_weights(
         row = item // SPLIT % tiles * ROWS
         column = item % SPLIT * (STEPS * BLOCK_K)
         for _ in range(STEPS):
-            stage, arrived = _take(buffer, empty, full, done, BLOCK_N * BLOCK_K * 2, STAGES)
+            stage, arrived = _take(empty, full, done, BLOCK_N * BLOCK_K * 2, STAGES)
             for c in gl.static_range(CHUNKS):
                 for p in gl.static_range(PIECES):
                     to = buffer.index(stage * (PIECES * CHUNKS) + c * PIECES + p)
-                    _async_load(desc, [row + p * n, column + c * 64], arrived, to)
+                    async_load(desc, [row + p * n, column + c * 64], arrived, to)
             column += BLOCK_K
             done += 1
     if PDL and not EARLY:
@@ -85,9 +79,9 @@ def _stream_tokens(
         row = item // SPLIT // tiles * BLOCK_T
         column = item % SPLIT * (STEPS * BLOCK_K)
         for _ in range(STEPS):
-            stage, arrived = _take(buffer, empty, full, done, BLOCK_T * BLOCK_K * 2, STAGES)
+            stage, arrived = _take(empty, full, done, BLOCK_T * BLOCK_K * 2, STAGES)
             for c in gl.static_range(CHUNKS):
-                _async_load(desc, [row, column + c * 64], arrived, buffer.index(stage * CHUNKS + c))
+                async_load(desc, [row, column + c * 64], arrived, buffer.index(stage * CHUNKS + c))
             column += BLOCK_K
             done += 1
 
@@ -160,19 +154,6 @@ def _multiply(
         )  # fmt: skip
 
 
-@gluon.jit
-def _ring(dtype: gl.constexpr, PIECES: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory for STAGES tiles, each of PIECES swizzled pieces [ROWS, 64], and its (full, empty) barriers."""
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    buffer = gl.allocate_shared_memory(dtype, [STAGES * PIECES, ROWS, 64], SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=1)
-    return buffer, full, empty
-
-
 # Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
 @gluon.jit(do_not_specialize=["tokens", "items"])
 def _kernel(
@@ -186,18 +167,14 @@ def _kernel(
     An item is BLOCK_N rows of weight, for BLOCK_T tokens, over STEPS tiles of K; with SPLIT, one of as many parts of K.
     """
     dtype: gl.constexpr = w_desc.dtype
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     HALVES: gl.constexpr = 2 if KIND >= 0 else 1
     CHUNKS: gl.constexpr = BLOCK_K // 64
-    w_buffer, w_full, w_empty = _ring(dtype, CHUNKS * HALVES, BLOCK_N // HALVES, STAGES)
-    x_buffer, x_full, x_empty = _ring(dtype, CHUNKS, BLOCK_T, X_STAGES)
-    # The same memory as whole tiles: a swizzled tile is its 64-column chunks, one behind the other.
-    if PRIVATE_REINTERPRET:
-        w_tiles = w_buffer._reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_K], SHARED)
-        x_tiles = x_buffer._reinterpret(dtype, [X_STAGES, BLOCK_T, BLOCK_K], SHARED)
-    else:
-        w_tiles = w_buffer.reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_K], SHARED)
-        x_tiles = x_buffer.reinterpret(dtype, [X_STAGES, BLOCK_T, BLOCK_K], SHARED)
+    w_buffer = pieces(dtype, STAGES * CHUNKS * HALVES, BLOCK_N // HALVES)
+    x_buffer = pieces(dtype, X_STAGES * CHUNKS, BLOCK_T)
+    w_full, w_empty = barriers(STAGES, 1)
+    x_full, x_empty = barriers(X_STAGES, 1)
+    w_tiles = whole(w_buffer, STAGES, BLOCK_N, BLOCK_K)
+    x_tiles = whole(x_buffer, X_STAGES, BLOCK_T, BLOCK_K)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -247,25 +224,9 @@ def _combine_kernel(
     tl.store(out_ptr + t * stride_o + c, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether `device` is a Hopper GPU."""
-    return not WIDEN.value and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _copyable(x: torch.Tensor) -> bool:
-    """Whether the copy engine takes rows of x [rows, columns]: 16-byte aligned."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] > 0
-
-
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this kernel serves the call: Hopper, a 2-byte dtype, rows that the copy engine takes."""
-    return runs_on(x.device) and x.dtype in DTYPES and _copyable(x) and _copyable(weight)
-
-
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Copies `rows` rows of x by one column chunk; beyond its edges come zeros."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout)
+    return runs_on(x.device) and x.dtype in DTYPES and copyable(x) and copyable(weight)
 
 
 def linear(
@@ -287,7 +248,7 @@ def linear(
     partial = x.new_empty(config.split, tokens, n, dtype=torch.float32) if config.split > 1 else None
     extras = {"BIAS": bias is not None, "RESIDUAL": residual is not None}
     _kernel[(min(items, config.programs),)](
-        _descriptor(x, config.block_t), _descriptor(weight, rows), bias, r, out, partial, tokens, n, items, tiles,
+        descriptor(x, config.block_t), descriptor(weight, rows), bias, r, out, partial, tokens, n, items, tiles,
         r.stride(0), out.stride(0), BLOCK_N=config.block_n, BLOCK_T=config.block_t, BLOCK_K=config.block_k,
         STEPS=triton.cdiv(k, config.block_k * config.split), STAGES=config.stages, X_STAGES=config.x_stages,
         SPLIT=config.split, KIND=kind, EARLY=config.early, num_warps=4, maxnreg=128, **extras, **overlap(x.device),

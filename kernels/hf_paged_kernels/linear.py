@@ -1,8 +1,8 @@
-"""Linear layers for few tokens, with the norm before and the gated activation or residual add behind them.
+"""Linear layers, with the norm before and the gated activation or residual add behind them.
 
-A decode step spends its time reading weights. `hopper_linear` streams them on Hopper; the kernel here serves whatever
-that one does not (`hopper_linear.supports`): any shape and stride, any GPU that Triton serves, the interpreter. In
-both, a tile of weights is the left operand: result[rows of weight, tokens].
+A decode step spends its time reading weights. `hopper_linear` streams them on Hopper, and `hopper_matmul` multiplies
+many tokens there. The kernel here serves what those do not: any shape and stride, any GPU that Triton serves, the
+interpreter. In it, as in `hopper_linear`, a tile of weights is the left operand: result[rows of weight, tokens].
 """
 
 import torch
@@ -17,13 +17,16 @@ from .heuristics import (
     invariant_linear_config,
     linear_config,
     linear_serves,
+    matmul_config,
     portable_linear_config,
 )
 
 try:
-    from . import hopper_linear
+    from . import copies, hopper_linear, hopper_matmul
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel serves all calls
-    hopper_linear = None
+    copies = hopper_linear = hopper_matmul = None
+
+FEW = 64  # tokens that one tile of `hopper_linear` holds: for more, it would read the weights again
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,7 +42,7 @@ def _linear_kernel(
     c_ok = c < n
     t_ok = t < tokens
     w_at = w_ptr + c.to(tl.int64)[:, None] * stride_w
-    up_at = w_at + n.to(tl.int64) * stride_w
+    up_at = w_ptr + (c.to(tl.int64) + n)[:, None] * stride_w
     x_at = x_ptr + t[:, None] * stride_x
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -98,10 +101,13 @@ def linear(
         norm.rms_norm(x[:, None], norm_weight, normed[:, None], None, eps, gemma, invariant)
         x = normed
     kind = -1 if gate is None else KINDS[gate]
-    # The Hopper kernel reads the weights anew for every 64 tokens: more are served so only where nobody should ask.
-    if hopper_linear is not None and hopper_linear.supports(x, weight) and (tokens <= 64 or not invariant):
+    if hopper_linear is not None and tokens <= FEW and hopper_linear.supports(x, weight):
         config = linear_config(tokens, out.shape[1], k, gate is not None, x.device, splits=not invariant)
         hopper_linear.linear(x, weight, bias, residual, kind, out, config)
+        return
+    if hopper_matmul is not None and tokens > FEW and hopper_matmul.supports(x, weight, out):
+        many = matmul_config(tokens, out.shape[1], gate is not None, x.device)
+        hopper_matmul.linear(x, weight, bias, residual, kind, out, many)
         return
     tile = portable_linear_config(tokens)
     if invariant:
@@ -111,6 +117,6 @@ def linear(
 
 def serves(tokens: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a weight [n, k] at so many tokens is among what was measured to beat cuBLAS, or lies between."""
-    if hopper_linear is None or not hopper_linear.runs_on(device) or dtype not in hopper_linear.DTYPES:
+    if copies is None or not copies.runs_on(device) or dtype not in copies.DTYPES:
         return False
     return linear_serves(tokens, n, k)

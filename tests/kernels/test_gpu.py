@@ -235,7 +235,7 @@ def check_linear(kit, x, weight, options, out):
     assert worst <= 1, f"{worst:.2f} times its error budget"
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 13, 16, 31, 64, 100])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 13, 16, 31, 64, 65, 100, 128, 192, 300, 1025])
 @pytest.mark.parametrize(
     ("n", "k", "features"),
     [

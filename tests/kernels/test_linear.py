@@ -1,5 +1,7 @@
 """Linear layers with norm, gate and residual against float64; without a GPU the portable kernel, interpreted."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -213,6 +215,25 @@ def test_launch_parameters_fit(gate, block_t, monkeypatch):
         assert c.block_t == block_t
         assert 1 <= c.programs <= 132
         assert c.split == 1 or gate is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_of_many_tokens(gated, monkeypatch):
+    """Every tile fits, and the one that is chosen has the multiprocessors done first, as measured for each."""
+    from hf_paged_kernels import heuristics
+
+    monkeypatch.setattr(heuristics, "sm_count", lambda device: 132)
+    chosen = set()
+    for n, tokens in itertools.product((8, 576, 4096, 14336, 128256), (65, 128, 200, 256, 512, 1000, 8192)):
+        c = heuristics.matmul_config.__wrapped__(tokens, n, gated, torch.device("cpu"))
+        leaving = c.block_t * (c.block_n // 2 if gated or c.block_n > 128 else c.block_n)
+        assert 2 * (c.stages * 64 * (c.block_t + c.block_n) + leaving) + 16 * c.stages <= 227 * 1024
+        assert 1 <= c.programs <= 132
+        chosen.add((c.block_t, c.block_n))
+    assert len(chosen) == (2 if gated else 4)
+    large, small = (heuristics.matmul_config.__wrapped__(t, 4096, gated, torch.device("cpu")) for t in (8192, 100))
+    assert (large.block_t, large.block_n) == (128, 256)
+    assert small.block_t * small.block_n < 128 * 256
 
 
 def test_custom_op_and_compile():
