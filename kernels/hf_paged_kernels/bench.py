@@ -9,7 +9,9 @@ linear layers cuBLAS with the norm and the activation as kernels of their own.
 
 import argparse
 import datetime
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,10 +26,14 @@ import hf_paged_kernels as kernels
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 DTYPE = torch.bfloat16
+SETTLE = 0.1
 
 
 def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -> float:
-    """Median microseconds of one of `launches` launches that `run` makes, replayed from a captured graph."""
+    """Median microseconds of one of `launches` launches that `run` makes, replayed from a captured graph.
+
+    It waits SETTLE seconds first, for gigabytes that were freed a moment ago still take bandwidth.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -36,6 +42,7 @@ def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    time.sleep(SETTLE)
     measured = []
     for i in range(repeats + 3):
         begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
@@ -276,7 +283,7 @@ def apart(x, weight, out, norm, gated: bool, residual: bool) -> None:
 
 
 def linear(limit: dict, sets: int = 8, layers: int = 32) -> Iterator[dict]:
-    """Linear layers of a decode step, one by one and all in their order; bytes are those of the weights."""
+    """Linear layers, one by one, and all of a decode step in their order, whose bytes are those of the weights."""
     norm = rand(4096)
     weights = {name: [rand(n, k) * k**-0.5 for _ in range(sets)] for name, (n, k, *_) in LAYER.items()}
     head = rand(*LM_HEAD[:2]) * 4096**-0.5
@@ -307,6 +314,17 @@ def linear(limit: dict, sets: int = 8, layers: int = 32) -> Iterator[dict]:
         us, cublas = (replay_us(partial(whole, how)) for how in (fused, apart))
         moved = layers * layer_bytes + head.nbytes
         yield result("linear, a whole step", f"{tokens} tokens", us, moved=moved, limit=limit, cublas_us=cublas)
+    for tokens, (name, (n, k, normed, gated, residual)) in itertools.product((256, 512, 2048, 8192), LAYER.items()):
+        tokens_in = rand(tokens, k)
+        rest = rand(tokens, n // 2 if gated else n), norm if normed else None, gated, residual
+
+        def each(how, x=tokens_in, many=weights[name][:4], rest=rest) -> None:
+            for weight in many:
+                how(x, weight, *rest)
+
+        us, cublas = (replay_us(partial(each, how), 4) for how in (fused, apart))
+        case = f"{name}, {tokens} tokens"
+        yield result("linear", case, us, flops=2 * tokens * n * k, limit=limit, cublas_us=cublas)
 
 
 def line(row: dict) -> str:
