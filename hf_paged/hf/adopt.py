@@ -21,7 +21,9 @@ from hf_paged.protocols import AttentionBackend
 
 logger = logging.getLogger(__name__)
 
-REHEARSED = (1, 16, 2048)  # tokens: those of the trials and of the first answers, to the kernels; a longer prompt
+# Tokens: those of the trials and of the first answers, to the kernels; and some for each tile that prompts take, where
+# kernels make those products (in deterministic mode).
+REHEARSED = (1, 16, 100, 300, 2048)
 FAR = 4096  # where a model doesn't say how far its positions reach
 
 

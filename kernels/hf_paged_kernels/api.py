@@ -406,7 +406,8 @@ def linear(
     up. Then `residual` [tokens, n] is added. All is rounded once, at the end. `out` may be `residual`, and must not
     overlap x. A new `out` is contiguous.
 
-    Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. `invariant`: a token's result has
+    Any number of tokens works; `linear_serves` tells where it is faster than cuBLAS. Rows of x, weight and, with more
+    than 64 tokens, out that aren't 16 bytes aligned take a slower kernel. `invariant`: a token's result has
     the same bits however many tokens there are; x may be float32 then.
 
     On Hopper the weights are read before the kernel in front has ended, if that is one of this package: none of these

@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ import hf_paged_kernels as kernels
 
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 DTYPE = torch.bfloat16
-SETTLE = 0.1
+SETTLE = 0.1  # seconds
 
 
 def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -> float:
     """Median microseconds of one of `launches` launches that `run` makes, replayed from a captured graph.
 
-    It waits SETTLE seconds first, for gigabytes that were freed a moment ago still take bandwidth.
+    It waits SETTLE first, for gigabytes that were freed a moment ago still take bandwidth.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -273,10 +273,16 @@ def fused(x, weight, out, norm, gated: bool, residual: bool) -> None:
     kernels.linear(x, weight, norm_weight=norm, eps=1e-5, gate=gate, residual=out if residual else None, out=out)
 
 
+@cache
+def stream(tokens: int, n: int) -> torch.Tensor:
+    """A residual stream to add to."""
+    return torch.zeros(tokens, n, device="cuda", dtype=DTYPE)
+
+
 def apart(x, weight, out, norm, gated: bool, residual: bool) -> None:
     """The same by cuBLAS and the kernels that stand beside it in a decoder layer; the residual add is the norm's."""
     if norm is not None:
-        x = kernels.rms_norm(x, norm, eps=1e-5, residual=torch.empty_like(x))
+        x = kernels.rms_norm(x, norm, eps=1e-5, residual=stream(*x.shape))
     y = F.linear(x, weight)
     if gated:
         kernels.gated_activation(*y.chunk(2, -1), out=out)

@@ -1,5 +1,7 @@
 """Hopper's tensor-copy engine (TMA) in Gluon: swizzled tiles in shared memory, barriers, descriptors."""
 
+from functools import cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -45,14 +47,22 @@ def barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
     return full, empty
 
 
+@cache
 def runs_on(device: torch.device) -> bool:
     """Whether `device` is a Hopper GPU."""
     return not WIDEN.value and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def copyable(x: torch.Tensor) -> bool:
-    """Whether the copy engine takes rows of x [rows, columns]: 16-byte aligned."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] > 0
+def copyable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine takes rows of these [rows, columns]: on Hopper, of a 2-byte dtype, 16-byte aligned."""
+    return all(
+        runs_on(x.device)
+        and x.dtype in DTYPES
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) % 8 == 0
+        and x.stride(0) >= x.shape[1] > 0
+        for x in tensors
+    )
 
 
 def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activation import activate
 from .common import await_previous, overlap
-from .copies import DTYPES, async_load, barriers, copyable, descriptor, pieces, runs_on, whole
+from .copies import async_load, barriers, descriptor, pieces, whole
 from .heuristics import LinearConfig
 
 _activate = gluon.jit(activate.fn)
@@ -222,11 +222,6 @@ def _combine_kernel(
     if RESIDUAL:
         y += tl.load(residual_ptr + t * stride_r + c, mask=ok, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * stride_o + c, y.to(out_ptr.dtype.element_ty), mask=ok)
-
-
-def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel serves the call: Hopper, a 2-byte dtype, rows that the copy engine takes."""
-    return runs_on(x.device) and x.dtype in DTYPES and copyable(x) and copyable(weight)
 
 
 def linear(

@@ -1,9 +1,9 @@
 """Linear layers for many tokens on Hopper, warp-specialised, in Gluon (Triton's lower level).
 
 Persistent programs. In each, one warp copies tiles of tokens and weights to shared memory with the tensor-copy engine,
-two warpgroups of 64 tokens multiply, and results leave through shared memory, by the copy engine too, while the next
-tile's product is under way. K is never split and its products are added up 16 at a time, as in `hopper_linear` and in
-the portable kernel: a token's result has the same bits in each of them, whatever tile it falls into.
+a warpgroup for every 64 tokens of a tile multiplies, and results leave through shared memory, by the copy engine too,
+while the next tile's product is under way. K is never split and its products are added up 16 at a time, as in
+`hopper_linear` and in the portable kernel: a token's result has the same bits in each of them, whatever its tile.
 """
 
 import torch
@@ -21,9 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activation import activate
 from .common import overlap
-from .copies import CHUNK, async_load, async_store, barriers, copyable, descriptor, pieces, whole
+from .copies import CHUNK, async_load, async_store, barriers, descriptor, pieces, whole
 from .heuristics import MatmulConfig
-from .hopper_linear import supports as serves_operands
 
 _activate = gluon.jit(activate.fn)
 PIECE = gl.constexpr(16)  # tokens that are copied at once
@@ -61,19 +60,19 @@ def _stream(
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         t, c = _place(item, tiles_t, tiles_n)
-        pieces = gl.minimum(gl.cdiv(tokens - t * BLOCK_T, PIECE), PIECES)
+        filled = gl.minimum(gl.cdiv(tokens - t * BLOCK_T, PIECE), PIECES)
         for s in range(STEPS):
             stage = done % STAGES
             arrived = full.index(stage)
             mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
             for i in gl.static_range(PIECES):
-                mbarrier.expect(arrived, ((i + 1) * PIECE + BLOCK_N) * 128, pred=pieces == i + 1)
-            if pieces == PIECES:
+                mbarrier.expect(arrived, ((i + 1) * PIECE + BLOCK_N) * 128, pred=filled == i + 1)
+            if filled == PIECES:
                 async_load(x_desc, [t * BLOCK_T, s * 64], arrived, x_tiles.index(stage))
             else:
                 for i in gl.static_range(PIECES - 1):
                     to = x_pieces.index(stage * PIECES + i)
-                    async_load(piece_desc, [t * BLOCK_T + i * PIECE, s * 64], arrived, to, pred=i < pieces)
+                    async_load(piece_desc, [t * BLOCK_T + i * PIECE, s * 64], arrived, to, pred=i < filled)
             for i in gl.static_range(PARTS):
                 async_load(w_desc, [c * ROWS + i * n, s * 64], arrived, w_pieces.index(stage * PARTS + i))
             done += 1
@@ -202,11 +201,6 @@ def _kernel(
         [1],
         [40],
     )  # fmt: skip
-
-
-def supports(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether this kernel serves the call: Hopper, a 2-byte dtype, rows that the copy engine takes and gives."""
-    return serves_operands(x, weight) and copyable(out)
 
 
 def linear(

@@ -101,12 +101,12 @@ def linear(
         norm.rms_norm(x[:, None], norm_weight, normed[:, None], None, eps, gemma, invariant)
         x = normed
     kind = -1 if gate is None else KINDS[gate]
-    if hopper_linear is not None and tokens <= FEW and hopper_linear.supports(x, weight):
+    if copies is not None and tokens <= FEW and copies.copyable(x, weight):
         config = linear_config(tokens, out.shape[1], k, gate is not None, x.device, splits=not invariant)
         hopper_linear.linear(x, weight, bias, residual, kind, out, config)
         return
-    if hopper_matmul is not None and tokens > FEW and hopper_matmul.supports(x, weight, out):
-        many = matmul_config(tokens, out.shape[1], gate is not None, x.device)
+    if copies is not None and tokens > FEW and copies.copyable(x, weight, out):
+        many = matmul_config(FEW * triton.cdiv(tokens, FEW), out.shape[1], gate is not None, x.device)
         hopper_matmul.linear(x, weight, bias, residual, kind, out, many)
         return
     tile = portable_linear_config(tokens)

@@ -100,22 +100,23 @@ def test_shapes(kit, tokens, n, k, gate):
     check(kit, x, weight, options, kernels.linear(x, weight, **options))
 
 
-def test_in_place_and_strided(kit):
+@pytest.mark.parametrize(("tokens", "n"), [(6, 40), (100, 40), (100, 36)])
+def test_in_place_and_strided(kit, tokens, n):
     """Slices of merged projections as x, residual and out; out is the residual; what lies beside it stays."""
     import hf_paged_kernels as kernels
 
-    x, weight, options = case(6, 40, 64, residual=True)
-    wide_x = torch.full((6, 200), float("nan"), dtype=x.dtype, device=DEVICE)
+    x, weight, options = case(tokens, n, 64, residual=True)
+    wide_x = torch.full((tokens, 200), float("nan"), dtype=x.dtype, device=DEVICE)
     wide_x[:, 72:136] = x
-    wide_out = torch.full((6, 90), 7.0, dtype=x.dtype, device=DEVICE)
-    wide_out[:, 24:64] = options["residual"]
-    wide_w = torch.full((40, 80), float("nan"), dtype=x.dtype, device=DEVICE)
+    wide_out = torch.full((tokens, 96), 7.0, dtype=x.dtype, device=DEVICE)
+    wide_out[:, 24 : 24 + n] = options["residual"]
+    wide_w = torch.full((n, 80), float("nan"), dtype=x.dtype, device=DEVICE)
     wide_w[:, 8:72] = weight
-    out = wide_out[:, 24:64]
+    out = wide_out[:, 24 : 24 + n]
     kernels.linear(wide_x[:, 72:136], wide_w[:, 8:72], residual=out, out=out)
     check(kit, x, weight, options, out)
     assert (wide_out[:, :24] == 7).all()
-    assert (wide_out[:, 64:] == 7).all()
+    assert (wide_out[:, 24 + n :] == 7).all()
 
 
 def test_norm_leaves_x_alone(kit):
@@ -134,16 +135,17 @@ def test_no_tokens():
     assert kernels.linear(x, weight, **options).shape == (0, 32)
 
 
-def test_nan_stays_in_its_row(kit):
+@pytest.mark.parametrize("tokens", [9, 100])
+def test_nan_stays_in_its_row(kit, tokens):
     """A token's NaN reaches that token alone."""
     import hf_paged_kernels as kernels
 
-    x, weight, options = case(9, 64, 128, norm=True, residual=True)
+    x, weight, options = case(tokens, 64, 128, norm=True, residual=True)
     expected = kernels.linear(x, weight, **options)
     x[4] = float("nan")
     got = kernels.linear(x, weight, **options)
     assert got[4].isnan().all()
-    others = [i for i in range(9) if i != 4]
+    others = [i for i in range(tokens) if i != 4]
     assert torch.equal(got[others], expected[others])
 
 
@@ -219,7 +221,7 @@ def test_launch_parameters_fit(gate, block_t, monkeypatch):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_tiles_of_many_tokens(gated, monkeypatch):
-    """Every tile fits, and the one that is chosen has the multiprocessors done first, as measured for each."""
+    """Every tile that is chosen fits, all are, and few tokens get smaller ones than many."""
     from hf_paged_kernels import heuristics
 
     monkeypatch.setattr(heuristics, "sm_count", lambda device: 132)

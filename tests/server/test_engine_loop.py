@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stock import build
 
 import zoo
 from hf_paged import LLM, InvalidRequestError, PagedConfig, Reject, hookimpl
@@ -186,7 +187,7 @@ def reported(loop: Any) -> EngineStats:
 
 
 def test_blocks_are_told_for_each_group() -> None:
-    with LLM(zoo.build("gemma2"), skip_tokenizer_init=True, config=PagedConfig(block_size=4)) as llm:
+    with LLM(build("gemma2"), skip_tokenizer_init=True, config=PagedConfig(block_size=4)) as llm:
         for loop in loop_over(llm):
             made, socket = loop
             socket.unread.append(encode(WatchBlocks(60)))
