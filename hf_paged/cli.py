@@ -79,7 +79,9 @@ def _add_check_parser(subparsers: Any) -> None:
 
 
 def _add_plugins_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("plugins", help="list the plugins that are loaded, and where they come from")
+    parser = subparsers.add_parser(
+        "plugins", help="list the plugins that are loaded, where they come from, and their hooks"
+    )
     parser.set_defaults(run=_plugins)
 
 
@@ -89,10 +91,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _plugins(args: argparse.Namespace) -> int:
-    table = Table()
-    table.add_column("plugin")
-    table.add_column("from")
-    for name, origin in plugins.loaded(plugins.load(PagedConfig())):
-        table.add_row(name, origin)
+    table = Table("plugin", "from", "hooks")
+    manager = plugins.load(PagedConfig())
+    for name, origin in plugins.loaded(manager):
+        table.add_row(name, origin, ", ".join(plugins.hooks_of(manager, name)))
     Console().print(table)
     return 0

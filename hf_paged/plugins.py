@@ -118,6 +118,11 @@ def loaded(manager: pluggy.PluginManager) -> list[tuple[str, str]]:
     return found
 
 
+def hooks_of(manager: pluggy.PluginManager, name: str) -> list[str]:
+    """The hooks that a loaded plugin answers."""
+    return sorted(caller.name for caller in manager.get_hookcallers(manager.get_plugin(name)) or ())
+
+
 @dataclasses.dataclass(frozen=True)
 class Registry:
     """What the plugins of one engine registered."""

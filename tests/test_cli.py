@@ -60,6 +60,7 @@ def test_plugins_lists_what_is_loaded_and_from_where(capsys):
     assert cli.main(["plugins"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "hf_paged_sdpa" in line]
     assert "bundled" in line
+    assert "register_attention_backends" in line
 
 
 def test_register_cli_adds_a_command(monkeypatch, capsys):

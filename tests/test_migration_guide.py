@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
 import zoo
+from hf_paged import PagedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = ROOT / "migration_guide"
@@ -148,6 +149,12 @@ def test_blocks_that_do_not_run_say_why() -> None:
             else:
                 assert not block.marker or block.marker.startswith("title="), f"{page}:{block.line}: {block.marker!r}"
     assert found == NOT_RUN
+
+
+def test_every_option_is_in_the_guide_with_its_default() -> None:
+    section = (GUIDE / "from_a_script.md").read_text().split("## Options", 1)[1].split("\n## ", 1)[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", section, re.MULTILINE))
+    assert told == {field.name: repr(field.default) for field in dataclasses.fields(PagedConfig)}
 
 
 def test_every_page_has_code_and_is_in_the_index() -> None:

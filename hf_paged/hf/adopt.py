@@ -69,10 +69,11 @@ def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
         logger.warning("%s runs unfused: %s", type(model).__name__, error)
         return str(error)
     try:
-        if flat.fusion.in_trial:
-            _rehearse(flat.fusion, flat, backend)
-            try_fusion(model, flat, backend, config.block_size)
-            flat.fusion.end_trial()
+        with flat.fusion.trying:
+            if flat.fusion.in_trial:
+                _rehearse(flat.fusion, flat, backend)
+                try_fusion(model, flat, backend, config.block_size)
+                flat.fusion.end_trial()
     except Exception as error:
         logger.warning("%s runs unfused, for a trial of its fused layers failed: %s", type(model).__name__, error)
         _unfuse(flat)

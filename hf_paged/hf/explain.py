@@ -48,19 +48,21 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: Any, config: PagedConfig | None = None) -> Explanation:
+def explain(model: Any, config: PagedConfig | None = None, **options: Any) -> Explanation:
     """What `patch` would do with a model. Tries it on a few tokens, and leaves it as it is.
 
     Args:
         model: as for `patch`.
         config: the options; None: those that it is patched with, if it is.
+        options: single options of PagedConfig, over those of `config`.
 
     Raises:
         UnsupportedModelError: it is no Transformers model.
+        ConfigError: an option is wrong.
     """
     inner = unwrap(model)
     name, handle = type(inner).__name__, patched(inner)
-    wanted = config or (handle.config if handle is not None else PagedConfig())
+    wanted = (config or (handle.config if handle is not None else PagedConfig())).replace(**options)
     trial = PatchedModel(inner, wanted)
     try:
         if trial.reason is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from stock import Expected, build, caught, rows_of
 
 import hf_paged
 import zoo
+from hf_paged.hf import adopt
 from hf_paged.hf.fusion.forward import FusedForward
 from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain
 from hf_paged_sdpa.kernels import TorchKernels
@@ -232,6 +236,32 @@ def test_two_engines_of_one_model_share_its_fusion():
     assert "forward" not in vars(model.model.layers[0])
 
 
+def test_of_two_engines_that_begin_at_once_one_tries_what_is_fused(monkeypatch):
+    """The other waits, and takes over what was found: it neither tries again nor serves what nobody tried."""
+    model, tried, ready = zoo.build("llama"), [], threading.Barrier(2)
+    original = adopt.try_fusion
+
+    def slow(*args):
+        tried.append(threading.get_ident())
+        time.sleep(0.5)  # the other one is there by now
+        original(*args)
+
+    def begin():
+        ready.wait(60)
+        return hf_paged.LLM(model, skip_tokenizer_init=True, fusions=True)
+
+    monkeypatch.setattr(adopt, "try_fusion", slow)
+    with ThreadPoolExecutor(2) as pool:
+        engines = [one.result(120) for one in [pool.submit(begin), pool.submit(begin)]]
+    assert len(tried) == 1
+    prompts = [[5, 6, 7]]
+    first, second = (engine.generate(prompts, use_tqdm=False)[0].outputs[0].token_ids for engine in engines)
+    assert first == second
+    for engine in engines:
+        engine.close()
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def test_a_copy_of_a_fused_model_is_plain():
     model = zoo.build("llama")
     with hf_paged.paged(model, **FUSED):
@@ -247,7 +277,9 @@ def test_explain_lists_what_is_fused():
     model = zoo.build("llama")
     text = str(hf_paged.explain(model, hf_paged.PagedConfig(fusions=True)))
     assert "2 layers fused" in text
-    assert "not fused: fusions=False" in str(hf_paged.explain(model, hf_paged.PagedConfig(fusions=False)))
+    assert "not fused: fusions=False" in str(hf_paged.explain(model, hf_paged.PagedConfig(fusions=True), fusions=False))
+    with pytest.raises(hf_paged.ConfigError, match="fusion'"):
+        hf_paged.explain(model, fusion=False)
 
 
 def test_merged_weights():

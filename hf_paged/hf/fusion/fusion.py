@@ -46,6 +46,7 @@ class Fusion:
         self.kind, self.key = kind, key
         self._far = far
         self.users = 0
+        self.trying = threading.Lock()  # of two engines that begin at once, one tries what is fused
         self._kernels = kernels
         self._ledger = Ledger()
         self._merged: list[MergedLinear] = []
