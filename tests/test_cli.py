@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import zoo
-from hf_paged import cli, hookimpl, plugins
+from hf_paged import __main__, cli, hookimpl, plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import paged_options
 from hf_paged.demo import smollm2
@@ -218,7 +218,12 @@ def test_a_module_runs_patched(tmp_path):
         ([], "usage: python -m hf_paged"),
     ],
 )
-def test_what_cannot_run_says_why(arguments, message, tmp_path):
-    done = run(*arguments, cwd=tmp_path)
+def test_what_cannot_run_says_why(arguments, message, capsys):
+    assert __main__.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_program_ends_with_the_status_of_what_it_ran(tmp_path):
+    done = run("nowhere.py", cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "there is no script 'nowhere.py'" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hf_paged
 from hf_paged.bench import workloads
 
-NEW_TOKENS = 64
+# The issue's own size; `HF_PAGED_FULL=1 pytest tests/hf/test_smollm2.py` runs it.
+NEW_TOKENS = 64 if os.environ.get("HF_PAGED_FULL") == "1" else 32
 
 
 def test_ragged_workload(smollm2_dir: Path) -> None:
-    """32 prompts of 16 to 256 tokens at once, 64 new ones each, against stock's left-padded batches of 8."""
+    """32 prompts of 16 to 256 tokens at once, against stock's left-padded batches of 8."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # no row ends early: every token of every row is compared
     prompts = sorted((item.prompt_token_ids for item in workloads.cpu().items), key=len)  # little padding in a batch

@@ -95,7 +95,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server that tests share; none of them harms it."""
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(tiny_model, log, "--served-model-name", "tiny", "--max-num-seqs", "64")
+    server = ServerProcess(tiny_model, log, "--served-model-name", "tiny", "--max-num-seqs", "64", "--no-spare-engine")
     try:
         yield server.wait_ready()
     finally:
