@@ -13,7 +13,7 @@ from rich.table import Table
 import hf_paged
 from hf_paged import plugins
 from hf_paged._version import __version__
-from hf_paged.arguments import add_model_options
+from hf_paged.arguments import add_model_options, add_options, paged_options
 from hf_paged.bench import kernels, latency, logprobs, models, serve, soak, throughput
 from hf_paged.config import PagedConfig
 from hf_paged.demo import commands
@@ -75,6 +75,7 @@ def _add_check_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="name or directory")
     add_model_options(parser)
+    add_options(parser)
     parser.set_defaults(run=_check)
 
 
@@ -86,7 +87,8 @@ def _add_plugins_parser(subparsers: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    print(hf_paged.explain(models.load(args.model, args.device, args.dtype)))
+    options = paged_options(args.option)
+    print(hf_paged.explain(models.load(args.model, args.device, args.dtype), PagedConfig.of(None, options)))
     return 0
 
 

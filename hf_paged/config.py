@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from hf_paged.errors import ConfigError
@@ -74,6 +75,9 @@ class PagedConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "keep_pool" and value is None):
                 raise ConfigError(f"{name} must be True or False, got {value!r}")
+        for name in ("plugins", "disable_plugins"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a tuple, got {getattr(self, name)!r}")
         self._check_memory()
         if self.on_unsupported not in ("warn", "error", "silent"):
             raise ConfigError(f"on_unsupported must be 'warn', 'error' or 'silent', got {self.on_unsupported!r}")
@@ -87,6 +91,17 @@ class PagedConfig:
         share = isinstance(memory, float) and 0.0 < memory <= 1.0
         if not share and not _positive(memory):
             raise ConfigError(f"kv_memory must be bytes (an integer) or a share in (0, 1], got {memory!r}")
+
+    @classmethod
+    def of(cls, config: PagedConfig | None, options: Mapping[str, Any]) -> PagedConfig:
+        """The options of a call that takes a config (None: the defaults) and single options over those of the config.
+
+        Raises:
+            ConfigError: `config` is no PagedConfig; an option is unknown, or its value is out of range.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config must be a PagedConfig, got {config!r}; single options are keywords")
+        return (config or cls()).replace(**options)
 
     def replace(self, **changes: Any) -> PagedConfig:
         """A copy with some options changed, validated anew.

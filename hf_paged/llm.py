@@ -74,7 +74,7 @@ class LLM:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
         if not _is_share(gpu_memory_utilization):
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization!r}")
-        config = (config or PagedConfig()).replace(**options)
+        config = PagedConfig.of(config, options)
         if enforce_eager:
             config = config.replace(enforce_eager=True)
         if config.keep_pool is None:

@@ -62,7 +62,7 @@ def explain(model: Any, config: PagedConfig | None = None, **options: Any) -> Ex
     """
     inner = unwrap(model)
     name, handle = type(inner).__name__, patched(inner)
-    wanted = (config or (handle.config if handle is not None else PagedConfig())).replace(**options)
+    wanted = PagedConfig.of(handle.config if config is None and handle is not None else config, options)
     trial = PatchedModel(inner, wanted)
     try:
         if trial.reason is not None:

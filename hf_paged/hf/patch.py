@@ -54,7 +54,7 @@ def patch(model: Any = None, config: PagedConfig | None = None, **options: Any) 
         UnsupportedModelError: it is no Transformers model at all. (One that can't be carried runs as in Transformers.)
         ConfigError: an option is wrong, or the model is patched with other options.
     """
-    wanted = (config or PagedConfig()).replace(**options)
+    wanted = PagedConfig.of(config, options)
     if model is None:
         _patch_everything(wanted)
         return None
@@ -100,7 +100,7 @@ def paged(model: Any, config: PagedConfig | None = None, **options: Any) -> Iter
 
     Args, Raises: as for `patch`. With `keep_pool=False` the pool lives as long as a call.
     """
-    wanted = (config or PagedConfig()).replace(**options)
+    wanted = PagedConfig.of(config, options)
     inner = unwrap(model)
     with _settled(inner):
         before = patched(inner)

@@ -282,6 +282,14 @@ def test_explain_lists_what_is_fused():
         hf_paged.explain(model, fusion=False)
 
 
+@pytest.mark.parametrize("call", [hf_paged.patch, hf_paged.explain, hf_paged.LLM])
+def test_options_that_are_no_config_are_refused(call):
+    with pytest.raises(hf_paged.ConfigError, match="config must be a PagedConfig, got {'block_size': 32}; single"):
+        call(zoo.build("llama"), config={"block_size": 32})
+    with pytest.raises(hf_paged.ConfigError, match="disable_plugins must be a tuple, got 'hf_paged_sdpa'"):
+        call(zoo.build("llama"), disable_plugins="hf_paged_sdpa")
+
+
 def test_merged_weights():
     layers = [torch.nn.Linear(4, n) for n in (3, 5)]
     values = [layer.weight.clone() for layer in layers]

@@ -205,7 +205,8 @@ def acquire(
         found: Fusion | None = vars(model).get(_PLACE)
         if found is not None and found.key == key and found.kind != kind:
             raise UnsupportedModelError(
-                "another engine of this model has its layers fused with other kernels; close that engine first"
+                "another engine of this model, with another attention backend or `deterministic`, has its layers fused "
+                "with other kernels; close that engine first (LLM.close(), unpatch())"
             )
         if found is not None and found.key != key:
             found.undo()
