@@ -88,7 +88,7 @@ def _add_plugins_parser(subparsers: Any) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     options = paged_options(args.option)
-    print(hf_paged.explain(models.load(args.model, args.device, args.dtype), PagedConfig.of(None, options)))
+    print(hf_paged.explain(models.load(args.model, args.device, args.dtype), **options))
     return 0
 
 

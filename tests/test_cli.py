@@ -223,6 +223,14 @@ def test_what_cannot_run_says_why(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_check_tells_how_options_change_what_is_carried(tmp_path, capsys):
+    zoo.build("llama").save_pretrained(tmp_path)
+    assert cli.main(["check", str(tmp_path), "--device", "cpu", "--option", "fusions=false"]) == 0
+    assert "not fused: fusions=False" in capsys.readouterr().out
+    assert cli.main(["check", str(tmp_path), "--option", "fusion=false"]) == 2
+    assert "unknown option 'fusion'" in capsys.readouterr().err
+
+
 def test_the_program_ends_with_the_status_of_what_it_ran(tmp_path):
     done = run("nowhere.py", cwd=tmp_path)
     assert done.returncode == 2

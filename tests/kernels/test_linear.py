@@ -1,5 +1,6 @@
 """Linear layers with norm, gate and residual against float64; without a GPU the portable kernel, interpreted."""
 
+import importlib
 import itertools
 
 import pytest
@@ -217,6 +218,44 @@ def test_launch_parameters_fit(gate, block_t, monkeypatch):
         assert c.block_t == block_t
         assert 1 <= c.programs <= 132
         assert c.split == 1 or gate is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "dtype", "kernel"),
+    [
+        (1, 40, 64, torch.bfloat16, "few"),
+        (64, 40, 64, torch.float16, "few"),
+        (65, 40, 64, torch.bfloat16, "many"),
+        (1000, 40, 72, torch.bfloat16, "many"),
+        (64, 36, 64, torch.bfloat16, "few"),  # only for many tokens does the copy engine write
+        (65, 36, 64, torch.bfloat16, "portable"),
+        (64, 40, 60, torch.bfloat16, "portable"),
+        (64, 40, 64, torch.float32, "portable"),
+        (0, 40, 64, torch.bfloat16, None),
+    ],
+)
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_which_kernel_serves_on_hopper(tokens, n, k, dtype, kernel, gate, monkeypatch):
+    """By how many tokens there are, and what the copy engine takes."""
+    from hf_paged_kernels import copies, heuristics, hopper_linear, hopper_matmul
+
+    module, launched = importlib.import_module("hf_paged_kernels.linear"), {}
+    monkeypatch.setattr(copies, "runs_on", lambda device: True)
+    monkeypatch.setattr(heuristics, "sm_count", lambda device: 132)
+    monkeypatch.setattr(hopper_linear, "linear", lambda *args: launched.update(few=args))
+    monkeypatch.setattr(hopper_matmul, "linear", lambda *args: launched.update(many=args))
+    monkeypatch.setattr(module, "_portable", lambda *args: launched.update(portable=args))
+    for choose in (heuristics.linear_config, heuristics.matmul_config):
+        monkeypatch.setattr(module, choose.__name__, choose.__wrapped__)
+    rows = n if gate is None else 2 * n
+    x, weight, out = (torch.zeros(*shape, dtype=dtype) for shape in ((tokens, k), (rows, k), (tokens, n)))
+    module.linear(x, weight, None, None, 0.0, False, None, gate, True, out)
+    assert list(launched) == ([] if kernel is None else [kernel])
+    if kernel == "few":
+        assert launched["few"][-1].split == 1  # nothing is shared in deterministic mode
+        assert launched["few"][-1].block_t >= tokens
+    if kernel == "many":
+        assert 1 <= launched["many"][-1].programs <= 132
 
 
 @pytest.mark.parametrize("gated", [False, True])
