@@ -31,6 +31,18 @@ class EngineClosedError(HFPagedError, RuntimeError):
     """The engine was used after it was closed."""
 
 
+class RequestFailedError(HFPagedError, RuntimeError):
+    """One of the prompts of an `LLM` call failed, under `raise_on_error=True`. The cause is its own error.
+
+    Attributes:
+        index: of the prompt in the call.
+    """
+
+    def __init__(self, index: int, cause: BaseException) -> None:
+        super().__init__(f"prompt {index}: {first_line(cause)}")
+        self.index = index
+
+
 class RequestAbortedError(HFPagedError, RuntimeError):
     """The request was aborted before it finished."""
 
@@ -45,6 +57,11 @@ class RequestRejectedError(HFPagedError, RuntimeError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for messages of one line: compilers put pages behind it."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +12,9 @@ from hf_paged.errors import ConfigError
 
 GREEDY_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
+MAX_N = 16384  # completions of one prompt: vLLM's limit
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: tokenizers take none
+MAX_BIAS = 1e30  # a float32 logit stays finite with it, divided by the least penalty and temperature too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +63,11 @@ class SamplingParams:
     """The sampling parameters of one request. Validated when built; defaults are vLLM's.
 
     Attributes:
-        n: how many completions of the prompt; they share the prompt's KV blocks.
+        n: how many completions of the prompt, at most 16384; they share the prompt's KV blocks.
         presence_penalty: taken once from the logit of each token that the output holds; [-2, 2].
         frequency_penalty: taken from it as often as the output holds the token; [-2, 2].
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt and output; > 0.
+        repetition_penalty: divides positive and multiplies negative logits of the prompt's and the output's tokens;
+            [0.001, 1000].
         temperature: [0, 2]; below 1e-5 the most likely token is taken.
         top_p: the smallest set of tokens whose probability reaches it is kept; (0, 1].
         top_k: the k most likely tokens are kept; 0 and -1 keep all.
@@ -80,8 +84,8 @@ class SamplingParams:
         skip_special_tokens, spaces_between_special_tokens: as the tokenizer's `decode` has them.
         include_stop_str_in_output: keep the stop string at the end of the text.
         structured_outputs: what the output has to be like: a StructuredOutputs, or a mapping of its fields. A plugin
-            sees to it; refused where none does.
-        logit_bias: added to the logits of these ids.
+            enforces it; refused where none does.
+        logit_bias: added to the logits of these ids; each is finite, within ±1e30.
         allowed_token_ids: only these may be drawn.
         bad_words: texts that must not be produced.
         extra_args: handed to plugins as it is.
@@ -120,22 +124,33 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words"):
             # A frozen instance can only be normalised past its own guard.
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        if self.allowed_token_ids is not None:  # none is no empty list here
+            object.__setattr__(self, "allowed_token_ids", _as_tuple(self.allowed_token_ids))
+        if self.logit_bias is not None:
+            is_mapping = isinstance(self.logit_bias, Mapping)
+            _require("logit_bias", self.logit_bias, is_mapping, "a mapping of token ids to numbers")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_ranges()
         self._check_texts()
         self._check_together()
 
     def _check_ranges(self) -> None:
-        _require("n", self.n, _at_least(self.n, 1), "an integer of at least 1")
+        _require("n", self.n, _at_least(self.n, 1) and self.n <= MAX_N, f"an integer from 1 to {MAX_N}")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(name, getattr(self, name), _between(getattr(self, name), -2.0, 2.0), "in [-2, 2]")
-        _require("repetition_penalty", self.repetition_penalty, _number(self.repetition_penalty) > 0, "above 0")
+        _require(
+            "repetition_penalty",
+            self.repetition_penalty,
+            _between(self.repetition_penalty, 1e-3, 1e3),
+            "in [0.001, 1000]",
+        )
         _require("temperature", self.temperature, _between(self.temperature, 0.0, 2.0), "in [0, 2]")
         _require("top_p", self.top_p, 0.0 < _number(self.top_p) <= 1.0, "in (0, 1]")
         _require("top_k", self.top_k, _at_least(self.top_k, -1), "an integer of at least -1 (0, -1: off)")
         _require("min_p", self.min_p, _between(self.min_p, 0.0, 1.0), "in [0, 1]")
         if self.seed is not None:
-            _require("seed", self.seed, _is_int(self.seed), "an integer or None")
+            _require("seed", self.seed, is_integer(self.seed), "an integer or None")
         if self.max_tokens is not None:
             _require("max_tokens", self.max_tokens, _at_least(self.max_tokens, 1), "at least 1, or None")
         _require("min_tokens", self.min_tokens, _at_least(self.min_tokens, 0), "at least 0")
@@ -149,11 +164,14 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             for text in getattr(self, name):
                 _require(name, text, isinstance(text, str) and bool(text), "non-empty strings")
+                _require(name, text, not LONE_SURROGATE.search(text), "texts without half of a surrogate pair")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token in _as_tuple(getattr(self, name)):
-                _require(name, token, _is_int(token), "token ids")
+            for token in getattr(self, name) or ():
+                _require(name, token, is_integer(token), "token ids")
         for bias in (self.logit_bias or {}).values():
-            _require("logit_bias", bias, not math.isnan(_number(bias)), "numbers")
+            _require(
+                "logit_bias", bias, _between(bias, -MAX_BIAS, MAX_BIAS), f"numbers in [-{MAX_BIAS:g}, {MAX_BIAS:g}]"
+            )
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -175,7 +193,7 @@ class SamplingParams:
         return self.temperature < GREEDY_TEMPERATURE
 
     def replace(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated anew."""
+        """A copy with some fields changed; it is validated again."""
         return dataclasses.replace(self, **changes)
 
     clone = dataclasses.replace  # vLLM's name for a copy: params.clone()
@@ -193,19 +211,22 @@ def _structured(value: Any) -> StructuredOutputs | None:
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """One or several values, or None, as a tuple."""
+    """One or several values, an array of them, or None, as a tuple."""
     if value is None:
         return ()
+    if not isinstance(value, Iterable) or hasattr(value, "ndim"):  # arrays, and their scalars, of numpy and torch
+        value = value.tolist() if hasattr(value, "tolist") else value
     return (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
 
 
-def _is_int(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether it is an integer, of numpy too, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _at_least(value: Any, low: int) -> bool:
     """Whether it is an integer, and not below `low`."""
-    return _is_int(value) and value >= low
+    return is_integer(value) and value >= low
 
 
 def _number(value: object) -> float:

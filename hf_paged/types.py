@@ -199,7 +199,7 @@ class Logprob:
 
 @dataclasses.dataclass
 class CompletionOutput:
-    """One completion of a prompt."""
+    """One completion of a prompt. `error`: what ended it, where the finish reason is "error"."""
 
     index: int
     text: str
@@ -208,6 +208,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: BaseException | None = None
 
 
 @dataclasses.dataclass

@@ -66,7 +66,7 @@ class BatchBuilder:
         logits_indices, fed_pairs, starts, seq_lens, *block_tables = moved[2 + len(self._groups) :]
         if fed:
             assert chosen is not None
-            input_ids[fed_pairs[0]] = chosen[fed_pairs[1]]
+            input_ids[fed_pairs[0]] = chosen[fed_pairs[1]].clamp(min=0)  # NO_TOKEN ends its request when it lands
         return Batch(
             rows=step.rows,
             input_ids=input_ids,

@@ -181,8 +181,13 @@ class Driver:
                     self._touch(self.engine.release_memory)
             finally:
                 self._surely_stand_up(me)
-            if not self._mail:  # what came since would wait for the next caller
+            if not self._mail and not self._holds_idle_memory:  # else what came since would wait for the next caller
                 return
+
+    @property
+    def _holds_idle_memory(self) -> bool:
+        """Whether a pool that should be released is still held: the last caller left while this thread was driving."""
+        return self.release_when_idle and not self._inside and self.engine.holds_memory
 
     # --------------------------------------------------------------------------------------------- what the driver does
 

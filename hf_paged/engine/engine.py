@@ -126,6 +126,11 @@ class Engine:
         self.scheduler.add(request)
         self._requests[request.request_id] = request
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
     def carries(self, request: Request) -> bool:
         """Whether the engine has taken this very request, and it has not finished."""
         return self._requests.get(request.request_id) is request
@@ -271,6 +276,11 @@ class Engine:
         """Void the prefix cache."""
         self.pool.tables.forget()
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether there is a KV pool that no request needs."""
+        return not self._requests and self.pool.exists
+
     def release_memory(self) -> None:
         """Give the KV pool's memory back, unless there are requests. It is made anew when one comes."""
         if not self._requests:
@@ -322,8 +332,11 @@ class Engine:
         self.recover()
         if is_out_of_memory(error) and self._shrink(step.num_tokens, error):
             return
-        if len(requests) == 1:
-            self._finish(requests[0], "error", error=error)
+        if len(step.rows) == 1:
+            for request in requests:
+                self._finish(request, "error", error=error)
+        elif len(requests) == 1:  # a row that has ended meanwhile may be at fault
+            self.scheduler.serve_apart(requests)
         else:
             middle = len(requests) // 2
             self.scheduler.serve_apart(requests[:middle], requests[middle:])
@@ -347,7 +360,10 @@ class Engine:
         for row in flight.step.rows if flight.logits is not None else ():
             if batches.wants_prompt_logprobs(row):
                 assert flight.logits is not None
-                add_prompt_logprobs(row, flight.logits[index : index + row.count])
+                try:
+                    add_prompt_logprobs(row, flight.logits[index : index + row.count])
+                except Exception as error:  # concerns this request alone
+                    self._finish(row.request, "error", error=error)
                 index += row.count - row.samples
             index += row.samples
 
@@ -362,17 +378,29 @@ class Engine:
         for request, row, token, stop in zip(requests, logits, choice.token_ids, stopped, strict=True):
             if token is None:
                 request.held = True
-            else:
-                add_output_logprobs(request, row, token)
+            elif token < 0 or self._adds_logprobs(request, row, token):
                 given.append((request, token, stop))
         self._append_all(given)
+
+    def _adds_logprobs(self, request: Request, row: torch.Tensor, token: int) -> bool:
+        """Keep the token's log-probabilities; whether that succeeded. If not, the request has failed."""
+        try:
+            add_output_logprobs(request, row, token)
+        except Exception as error:
+            self._finish(request, "error", error=error)
+            return False
+        return True
 
     def _append_all(self, given: Sequence[tuple[Request, int, bool]]) -> None:
         """Keep every token, then act on them: what breaks off in a callback must not cost the others their tokens."""
         for request, token, stop in given:
-            self._append(request, token, stop)
-        for request, _, _ in given:
-            self._settle(request)
+            if token >= 0:
+                self._append(request, token, stop)
+        for request, token, _ in given:
+            if token >= 0:
+                self._settle(request)
+            else:
+                self._finish(request, "error", error=_nothing_to_draw(request))
 
     def _append(self, request: Request, token: int, stop: bool) -> None:
         self._unsettled[request] = (len(request.token_ids), stop)
@@ -469,6 +497,13 @@ class Engine:
         self._landed = landed
         for observer in self._observers:
             observer(stats)
+
+
+def _nothing_to_draw(request: Request) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"request {request.request_id!r}: no token may be drawn as token {request.num_output + 1} of the output; "
+        "allowed_token_ids, bad_words, min_tokens and structured outputs together forbid all of them"
+    )
 
 
 def _shortest(*limits: int | None) -> int | None:

@@ -20,11 +20,13 @@ from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import leading_decode_rows
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.errors import is_out_of_memory
+from hf_paged.forks import renewed_after_fork
 from hf_paged.protocols import AttentionBackend, PagedModel
 from hf_paged.types import Batch, Layout, Step
 
 logger = logging.getLogger(__name__)
-_capturing = threading.Lock()  # engines share the stream: what one launches on it, another's capture would take in
+# Engines share the stream: a capture would record what another engine launches.
+_capturing = renewed_after_fork(threading.Lock())
 
 # Rows of steps that only decode. Beyond these, every 32nd.
 DECODE_SIZES = (1, 2, 4, 8, *range(16, 129, 16))

@@ -55,6 +55,9 @@ def add_prompt_logprobs(row: Scheduled, logits: torch.Tensor) -> None:
     assert request.prompt_logprobs is not None
     for offset in range(row.count):
         following = row.start + offset + 1
-        if len(request.prompt_logprobs) == following < len(request.prompt_token_ids):
-            token = request.prompt_token_ids[following]
-            request.prompt_logprobs.append(top_logprobs(logits[offset], token, count))
+        known = len(request.prompt_logprobs)
+        if following < known or following >= len(request.prompt_token_ids):  # computed again, or no prompt token
+            continue
+        if following > known:
+            raise RuntimeError(f"prompt token {known} of request {request.request_id!r} has no logits")
+        request.prompt_logprobs.append(top_logprobs(logits[offset], request.prompt_token_ids[following], count))

@@ -75,6 +75,11 @@ class Pool:
         assert self._cache is not None
         return self._cache
 
+    @property
+    def exists(self) -> bool:
+        """Whether there are KV tensors at the moment."""
+        return self._cache is not None
+
     def provide(self, requests: Sequence[Request]) -> None:
         """Have memory for these requests, as far as the limit goes; less makes some of them wait."""
         sizes = [pool.num_blocks for pool in self.tables.pools]

@@ -16,6 +16,8 @@ from hf_paged.params import SamplingParams
 from hf_paged.protocols import SamplingKernels
 from hf_paged.types import Request, Sampled
 
+NO_TOKEN = -1  # of a request for which no token may be drawn
+
 
 class BatchSampler:
     """Serves requests with any mix of parameters in one pass.
@@ -43,18 +45,32 @@ class BatchSampler:
     def launch(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         """The tokens of the requests, int64 [rows], on the device: nothing is waited for.
 
+        A request whose constraints leave no token gets NO_TOKEN.
+
         Args:
             logits: [rows, vocabulary]; left as they are.
         """
+        if any(_may_forbid_all(request) for request in requests):
+            return self._chosen(requests, logits)
+        return self._choose(requests, logits)[0]
+
+    def _chosen(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
+        """The tokens, with NO_TOKEN where a request's own constraints leave none."""
+        tokens, rated = self._choose(requests, logits)
+        limited = torch.tensor([_may_forbid_all(request) for request in requests], device=tokens.device)
+        return tokens.masked_fill(limited & (rated.amax(-1) == -torch.inf), NO_TOKEN)
+
+    def _choose(self, requests: Sequence[Request], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens, and the logits that they were chosen from."""
         if all(_is_plain(request) for request in requests):
-            return self._argmax(logits)
+            return self._argmax(logits), logits
         logits = logits.float().clone()
         for row, request in zip(logits, requests, strict=True):
             _constrain(row, request)
         _penalize(logits, requests)
         if all(request.params.greedy for request in requests):
-            return self._argmax(logits)
-        return self._draw_on_device(requests, logits) if self._kernels else self._draw(requests, logits)
+            return self._argmax(logits), logits
+        return (self._draw_on_device if self._kernels else self._draw)(requests, logits), logits
 
     def rehearse(self, logits: torch.Tensor, sizes: Iterable[int]) -> None:
         """Choose from so many rows of the logits, [rows, vocabulary], that nothing is compiled or loaded later."""
@@ -92,7 +108,7 @@ class BatchSampler:
             np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
             np.array([p.top_p for p in params], np.float32),
             np.array([p.min_p for p in params], np.float32),
-            np.array([max(p.top_k, 0) for p in params], np.int32),
+            np.array([min(max(p.top_k, 0), logits.shape[-1]) for p in params], np.int32),
             np.array([self._seed_of(request) for request in requests], np.int64),
             np.array([_position(request) for request in requests], np.int64),
         ])  # fmt: skip
@@ -124,7 +140,7 @@ class BatchSampler:
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             generator = torch.Generator(device)
-            generator.seed() if self._seed is None else generator.manual_seed(self._seed)
+            generator.seed() if self._seed is None else generator.manual_seed(self._seed % 2**64)  # what torch takes
             self._generators[device] = generator
         return self._generators[device]
 
@@ -133,6 +149,13 @@ def needs_history(request: Request) -> bool:
     """Whether choosing its next token takes the tokens before it: it waits until the host knows them."""
     p = request.params
     return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 or request.banned)
+
+
+def _may_forbid_all(request: Request) -> bool:
+    """Whether something forbids tokens of its choice, so that none may be left."""
+    p = request.params
+    limited = p.allowed_token_ids is not None or _position(request) < p.min_tokens
+    return bool(limited or request.banned or request.constraint is not None)
 
 
 def _position(request: Request) -> int:

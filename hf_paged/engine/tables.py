@@ -63,10 +63,6 @@ class BlockTables:
             num_tokens = min(num_tokens, window + chunk + self.block_size)
         return self.blocks_for(num_tokens)
 
-    def could_ever_fit(self, num_tokens: int, chunk: int) -> bool:
-        """Whether a request of that many tokens fits when it is alone."""
-        return all(self.most_blocks(g, num_tokens, chunk) < pool.num_blocks for g, pool in enumerate(self.pools))
-
     @property
     def usage(self) -> float:
         """Share of the blocks that requests hold, of the fullest group."""
@@ -87,7 +83,8 @@ class BlockTables:
         cached = self._cached_prefix(request) if self._prefix_caching and self._shares(request) else 0
         self._epochs[request] = self._epoch
         parent = request.parent
-        if parent is not None and self._can_fork(parent, request) and len(request.prompt_token_ids) > cached:
+        forks = parent is not None and self._shares(request) and len(request.prompt_token_ids) > cached
+        if parent is not None and forks and self._can_fork(parent, request):
             cached = self._fork(parent, request)
         else:
             self._take_cached(request, cached)

@@ -82,7 +82,7 @@ def test_a_constraint_that_raises_ends_its_request_alone():
 
 
 def test_structured_outputs_without_a_constraint_are_refused():
-    with pytest.raises(InvalidRequestError, match="no plugin was asked to see to it"):
+    with pytest.raises(InvalidRequestError, match="no plugin was asked to keep it"):
         make_engine().add(make_request([1], params=WANTED))
 
 

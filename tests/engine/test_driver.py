@@ -411,3 +411,37 @@ def test_one_caller_may_be_in_inference_mode():
         run(driver, fake.make_request([1, 2, 3]))
     request = fake.make_request([1, 2, 3, 4, 5, 6, 7], 30)
     assert run(driver, request) == right(request)
+
+
+def test_memory_is_given_back_though_the_last_caller_leaves_while_another_stands_up(monkeypatch):
+    """It finds the seat taken and goes; who sits there has read its mail and looked before, and has to look again."""
+    driver = Driver(fake.make_engine(num_blocks=None), release_when_idle=True)
+    first, last = fake.make_request([1, 2], 3), fake.make_request([3], 3)
+    leaving, stand_up = driver.call([last]), Driver._stand_up
+    mailed, looked = threading.Event(), threading.Event()
+
+    class Inside(set):
+        def discard(self, call):
+            if call is leaving:
+                mailed.set()
+                looked.wait(HANGS)
+            super().discard(call)
+
+    def stand_up_late(self, me):
+        if mailed.is_set() and not looked.is_set():
+            looked.set()
+            thread.join(HANGS)
+        stand_up(self, me)
+
+    driver._inside = Inside()
+    leaving.__enter__()
+    with driver.call([first]) as call:
+        call.wait(lambda: first.finished)
+        assert driver.engine.stats.pool_bytes > 0
+        monkeypatch.setattr(Driver, "_stand_up", stand_up_late)
+        thread = threading.Thread(target=leaving.__exit__, args=(None, None, None))
+        thread.start()
+        assert mailed.wait(HANGS)
+    assert not thread.is_alive()
+    assert not driver.busy
+    assert driver.engine.stats.pool_bytes == 0

@@ -7,6 +7,7 @@ import torch
 from engine import fake
 from engine.fake import BOTH, FULL, WINDOW, assert_empty, expected, finish, make_engine, make_request
 
+from hf_paged.engine import engine as engine_module
 from hf_paged.engine.scheduler import PriorityScheduler
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
 from hf_paged.params import SamplingParams
@@ -571,3 +572,39 @@ def test_a_pool_that_cannot_grow_makes_requests_wait(monkeypatch):
     assert big.finished
     assert big.error is not None
     fake.assert_empty(engine)
+
+
+def test_a_failure_beyond_the_end_of_one_request_costs_no_other(both_paces):
+    """A step launched ahead computes the token after one that turns out to be the last; there it raises."""
+    for seed in range(8):
+        tokens = fake.expected([seed, 2], 4)
+        others = fake.expected([seed, 3], 8)
+        if tokens[-1] in {*tokens[:-1], *others, seed, 2, 3}:
+            continue
+        engine = fake.make_engine()
+        engine.model.poison = tokens[-1]
+        ends = fake.make_request([seed, 2], 8, params={"stop_token_ids": [tokens[-1]]})
+        other = fake.make_request([seed, 3], 8)
+        assert fake.finish(engine, ends, other) == [tokens, others]
+        assert (ends.error, other.error) == (None, None)
+        fake.assert_empty(engine)
+
+
+@pytest.mark.parametrize("what", ["prompt", "output"])
+def test_log_probabilities_that_fail_cost_no_other_request(both_paces, monkeypatch, what):
+    name, asked = f"add_{what}_logprobs", {"prompt_logprobs": 1} if what == "prompt" else {"logprobs": 1}
+    requests = [make_request([index, 2, 3], 5, params=asked) for index in range(3)]
+    original = getattr(engine_module, name)
+
+    def raising(row, *rest):
+        if getattr(row, "request", row) is requests[1]:
+            raise RuntimeError("no memory for them")
+        original(row, *rest)
+
+    monkeypatch.setattr(engine_module, name, raising)
+    engine = make_engine()
+    found = finish(engine, *requests)
+    assert [request.finish_reason for request in requests] == ["length", "error", "length"]
+    assert str(requests[1].error) == "no memory for them"
+    assert [found[0], found[2]] == [expected([0, 2, 3], 5), expected([2, 2, 3], 5)]
+    assert_empty(engine)

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from hf_paged.errors import ConfigError
 from hf_paged.params import SamplingParams
@@ -70,16 +71,19 @@ ALLOWED = [
     {"allowed_token_ids": [1]},
     {"n": 2, "temperature": 1e-5},
     {"top_k": np.int64(3), "top_p": np.float32(0.5), "stop_token_ids": np.arange(3)},
-    {"logit_bias": {3: -100, 4: float("-inf")}},
+    {"logit_bias": {3: -100, 4: -1e30}},
 ]
 
 REFUSED = [
-    ({"n": 0}, "n must be an integer of at least 1, got 0"),
+    ({"n": 0}, "n must be an integer from 1 to 16384, got 0"),
+    ({"n": 2**31}, "got 2147483648"),
     ({"n": 1.5}, "got 1.5"),
     ({"n": True}, "got True"),
     ({"presence_penalty": 2.1}, r"presence_penalty must be in \[-2, 2\], got 2.1"),
     ({"frequency_penalty": -2.1}, r"frequency_penalty must be in \[-2, 2\]"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+    ({"repetition_penalty": 0}, r"repetition_penalty must be in \[0.001, 1000\], got 0"),
+    ({"repetition_penalty": float("inf")}, "got inf"),
+    ({"repetition_penalty": 1e-300}, "got 1e-300"),
     ({"repetition_penalty": None}, "got None"),
     ({"temperature": -0.1}, r"temperature must be in \[0, 2\]"),
     ({"temperature": 2.1}, "got 2.1"),
@@ -111,6 +115,12 @@ REFUSED = [
     ({"logit_bias": {"5": 1.0}}, "logit_bias must be token ids"),
     ({"logit_bias": {5: "x"}}, "logit_bias must be numbers"),
     ({"stop": 5}, "stop must be non-empty strings"),
+    ({"logit_bias": [1, 2]}, r"logit_bias must be a mapping of token ids to numbers, got \[1, 2\]"),
+    ({"allowed_token_ids": "5"}, "allowed_token_ids must be token ids, got '5'"),
+    ({"allowed_token_ids": iter(())}, "allows no token at all"),
+    ({"allowed_token_ids": np.zeros((2, 2), int)}, r"allowed_token_ids must be token ids, got \[0, 0\]"),
+    ({"bad_words": ["a\ud800"]}, r"bad_words must be texts without half of a surrogate pair, got 'a\\ud800'"),
+    ({"stop": "\udfff"}, "stop must be texts without half of a surrogate pair"),
 ]
 
 
@@ -126,7 +136,7 @@ def test_allowed(given):
     SamplingParams(**given)
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=lambda x: str(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         SamplingParams(**given)
@@ -145,6 +155,21 @@ def test_unknown_names_are_refused():
 def test_texts_and_ids_become_tuples():
     params = SamplingParams(stop="x", stop_token_ids=[1], bad_words=["y"])
     assert (params.stop, params.stop_token_ids, params.bad_words) == (("x",), (1,), ("y",))
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
+def test_ids_in_any_form(name):
+    for given in ([5, 6], np.array([5, 6]), torch.tensor([5, 6]), iter([5, 6]), (i for i in (5, 6))):
+        assert getattr(SamplingParams(**{name: given}), name) == (5, 6)
+    for given in (5, np.int64(5), np.array(5), torch.tensor(5), [np.int64(5)]):
+        assert getattr(SamplingParams(**{name: given}), name) == (5,)
+
+
+def test_a_logit_bias_is_copied():
+    given = {5: 1.0}
+    params = SamplingParams(logit_bias=given)
+    given[6] = "x"
+    assert params.logit_bias == {5: 1.0}
 
 
 def test_greedy_below_1e_5():
