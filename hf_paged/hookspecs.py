@@ -110,7 +110,7 @@ def register_step_observers(register: Callable[[StepObserver], None]) -> None:
     """Watch the steps of the engine.
 
     When: a model is patched or given to `LLM`.
-    Arguments: register(observer): called with StepStats once a step, on the host, after the forward was launched.
+    Arguments: register(observer): called with StepStats once a step, on the host, when the step's tokens are known.
     Return: nothing.
     Cost: once an engine; the observer itself runs once a step.
     Failure: an exception stops the engine from being built, and names the plugin. An observer that raises in a step is

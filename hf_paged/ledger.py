@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
 _MISSING = object()
+_GONE = object()  # a value that was collected; an entry may be None
 
 
 class Ledger:
@@ -39,22 +41,27 @@ class Ledger:
             setattr(target, name, value)
             self.record(what, lambda: delattr(target, name) if before is _MISSING else setattr(target, name, before))
         else:
-            self.set_item(own, name, value, what=what)
+            self._set_own(target, name, value, what)
+
+    def _set_own(self, target: Any, name: str, value: Any, what: str) -> None:
+        """Set an entry of an object's `__dict__`. Neither object nor value is kept alive for the sake of undoing it."""
+        before = target.__dict__.get(name, _MISSING)
+        target.__dict__[name] = value
+        place, mine = _weakly(target), _weakly(value)
+
+        def undo() -> None:
+            found = place()
+            if found is not _GONE:
+                _put_back(found.__dict__, name, mine(), before)
+
+        self.record(what, undo)
 
     def set_item(self, mapping: MutableMapping[Any, Any], key: Any, value: Any, *, what: str | None = None) -> None:
         """Set an entry of a mapping; `what` describes the change in `entries`."""
         before = mapping.get(key, _MISSING)
         mapping[key] = value
 
-        def undo() -> None:
-            if mapping.get(key, _MISSING) is not value:
-                return  # somebody else's by now, who may hold ours inside
-            if before is _MISSING:
-                mapping.pop(key, None)
-            else:
-                mapping[key] = before
-
-        self.record(what or f"{type(mapping).__name__}[{key!r}]", undo)
+        self.record(what or f"{type(mapping).__name__}[{key!r}]", lambda: _put_back(mapping, key, value, before))
 
     def record(self, what: str, undo: Callable[[], None]) -> None:
         """Write down a change that was just made otherwise, and how to take it back."""
@@ -76,6 +83,30 @@ class Ledger:
             self._undo.pop()  # afterwards: what an interrupt broke off is done by the next call
         if failed is not None:
             raise failed
+
+
+def _put_back(mapping: MutableMapping[Any, Any], key: Any, mine: Any, before: Any) -> None:
+    """Restore the previous entry, unless something else has replaced ours."""
+    if mapping.get(key, _MISSING) is not mine:
+        return
+    if before is _MISSING:
+        mapping.pop(key, None)
+    else:
+        mapping[key] = before
+
+
+def _weakly(value: Any) -> Callable[[], Any]:
+    """A weak reference to the value; a strong one where it can't be weakly referenced. Called, it gives it or _GONE."""
+    try:
+        reference = weakref.ref(value)
+    except TypeError:
+        return lambda: value
+
+    def get() -> Any:
+        found = reference()
+        return _GONE if found is None else found
+
+    return get
 
 
 def _is_computed(target: Any, name: str) -> bool:

@@ -22,7 +22,8 @@ from hf_paged import PatchedModel
 from hf_paged.hf.prepare import STOCK_GENERATE
 from hf_paged.types import CacheStats
 
-OLD = Version(transformers.__version__) < Version("5.20")
+RELEASE = Version(transformers.__version__)
+OLD = Version("5.20") > RELEASE
 EAGER_ON_OLD = ("gemma2", "vaultgemma")  # stock's sdpa drops the soft-cap there
 
 

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_paged.errors import UnsupportedModelError
+from hf_paged.forks import after_fork, renewed_after_fork
 from hf_paged.ledger import Ledger
 from hf_paged.protocols import LayerPlan, RotaryPlan
 from hf_paged.types import LayerSpec
@@ -169,6 +170,26 @@ def paged_mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
 
 
+class _OurName(str):
+    """Our attention's name in a config that is switched; a copy of the config has its own attention.
+
+    Attributes:
+        own: the attention that the config has when it isn't switched.
+    """
+
+    own: str
+
+    @classmethod
+    def over(cls, own: str) -> _OurName:
+        """Our name, in the place of `own`."""
+        name = cls(NAME)
+        name.own = own.own if isinstance(own, _OurName) else own
+        return name
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return str, (self.own,)
+
+
 class _Switched:
     """Which configs have their attention switched to ours at the moment, by which forwards, and what they had.
 
@@ -176,29 +197,37 @@ class _Switched:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._own: dict[int, tuple[str, set[object]]] = {}
+        self._lock = renewed_after_fork(threading.Lock())
+        self._own: dict[int, tuple[Any, str, set[object]]] = {}
+        after_fork(self._restore_all)
 
     def own(self, config: Any) -> str:
         """The attention that a config has when it isn't switched."""
         with self._lock:
             known = self._own.get(id(config))
-            return known[0] if known else config._attn_implementation
+            name = known[1] if known else config._attn_implementation
+            return name.own if isinstance(name, _OurName) else name
 
     def switch(self, config: Any, forward: object) -> None:
         with self._lock:
-            _, forwards = self._own.setdefault(id(config), (config._attn_implementation, set()))
+            *_, forwards = self._own.setdefault(id(config), (config, config._attn_implementation, set()))
             forwards.add(forward)
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = _OurName.over(config._attn_implementation)
 
     def restore(self, configs: Sequence[Any], forward: object) -> None:
         for config in configs:
             with self._lock:
-                name, forwards = self._own.get(id(config), (None, {forward}))
+                _, name, forwards = self._own.get(id(config), (config, None, {forward}))
                 forwards.discard(forward)
                 if not forwards and name is not None:
                     config._attn_implementation_internal = name
                     del self._own[id(config)]
+
+    def _restore_all(self) -> None:
+        """In a forked child, which has none of the forwards under way."""
+        for config, name, _ in self._own.values():
+            config._attn_implementation_internal = name
+        self._own.clear()
 
 
 _switched = _Switched()
@@ -238,7 +267,8 @@ class _Registration:
     """Our entries in Transformers' registries: there while a model is patched or a forward of ours runs, then gone."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a model's end releases, and may come at any line of this thread
+        # A model's end releases, and may come at any line of this thread.
+        self._lock = renewed_after_fork(threading.RLock())
         self._users: set[object] = set()
         self._ledger = Ledger()
 

@@ -37,9 +37,8 @@ class Built:
 
     def __post_init__(self) -> None:
         # Called once: when the engine is told to stop, or when it is gone, with the LLM that nobody closed.
-        # The model holds its fusion, which holds the model: held here, neither would ever be gone.
-        fusion = weakref.ref(self.fusion) if self.fusion is not None else None
-        self._releases = weakref.finalize(self, _release, fusion) if fusion is not None else None
+        # The fusion is held: of an LLM that is collected in a cycle, weak references to it are dead already.
+        self._releases = weakref.finalize(self, release, self.fusion) if self.fusion is not None else None
         if self._releases is not None:
             self._releases.atexit = False
 
@@ -50,16 +49,14 @@ class Built:
 
     def tell_stopped(self, error: BaseException | None = None) -> None:
         """Tell the plugins that the engine, which its driver closes, has stopped; take its fused forwards off."""
+        self.forsake()
+        plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
+
+    def forsake(self) -> None:
+        """Take the engine's fused forwards off. All that is left to do of an engine that a fork left behind."""
         if self._releases is not None:
             self._releases()
         self.fusion = None
-        plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
-
-
-def _release(fusion: weakref.ref[Fusion]) -> None:
-    found = fusion()
-    if found is not None:
-        release(found)
 
 
 def build(

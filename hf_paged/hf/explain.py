@@ -7,20 +7,23 @@ from typing import Any
 
 from hf_paged.config import PagedConfig
 from hf_paged.errors import UnsupportedModelError
+from hf_paged.hf import seam
 from hf_paged.hf.handle import PatchedModel, patched
+from hf_paged.hf.prepare import SeamBroken
 from hf_paged.hf.spec import unwrap
 from hf_paged.types import CacheSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """How a model is carried.
+    """What a plain `model.generate(input_ids)` runs on under `patch`, and how the model is carried.
 
     Attributes:
         model: its class.
         path: "flat" (paged attention over flat batches) or "stock" (Transformers' own `generate()`).
-        reason: why it isn't carried, or None.
-        backend: the attention backend's name, or None.
+        reason: why a plain call isn't carried, or None.
+        backend: the attention backend's name, or None where the model can't be carried. With a reason beside it, the
+            model can be carried, by `LLM` for instance, but a plain `generate()` is not.
         spec: its attention layers, or None.
         patched: whether it is patched at the moment.
         fused: what fused kernels do for it, or why they do nothing, a line each.
@@ -38,6 +41,8 @@ class Explanation:
         lines = [f"{self.model}: path {self.path}" + (", patched" if self.patched else "")]
         if self.reason is not None:
             lines.append(f"  runs as in Transformers: {self.reason}")
+            if self.spec is not None:
+                lines.append("  the model itself can be carried: hf_paged.LLM and the server can run it")
         if self.spec is not None:
             lines.append(f"  attention backend {self.backend}, KV {self.spec.dtype} on {self.spec.device}")
             for group, window in enumerate(self.spec.windows):
@@ -49,7 +54,7 @@ class Explanation:
 
 
 def explain(model: Any, config: PagedConfig | None = None, **options: Any) -> Explanation:
-    """What `patch` would do with a model. Tries it on a few tokens, and leaves it as it is.
+    """What `patch` would do with a model and a plain `generate()`. Tries it on a few tokens, and leaves it as it is.
 
     Args:
         model: as for `patch`.
@@ -70,7 +75,10 @@ def explain(model: Any, config: PagedConfig | None = None, **options: Any) -> Ex
         built, _ = trial.engine()
         backend, spec = built.info.attention_backend, built.engine.model.spec
         fused = tuple(built.fusion.report()) if built.fusion is not None else (f"not fused: {built.unfused}",)
-        return Explanation(name, "flat", None, backend, spec, handle is not None, fused)
+        reason = seam.why_stock(inner)
+        said = seam.told(reason) if isinstance(reason, SeamBroken) else None if reason is None else str(reason)
+        path = "flat" if reason is None else "stock"
+        return Explanation(name, path, said, backend, spec, handle is not None, fused)
     except UnsupportedModelError as error:
         return Explanation(name, "stock", str(error), None, None, handle is not None)
     finally:

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_paged.engine.driver import Driver
+from hf_paged.errors import EngineClosedError, RequestAbortedError
 from hf_paged.hf import lockstep
+from hf_paged.hf.compat import decoder_output
 from hf_paged.hf.noise import CallNoise
 from hf_paged.hf.prepare import Prepared
 from hf_paged.hf.replay import ReplayedCache
@@ -26,8 +28,6 @@ _ids = itertools.count()
 def generate(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Answer a prepared call on the engine, with stock's result: shape, padding, dtype and device."""
     scores = logits = None
-    if call.streamer is not None:
-        call.streamer.put(call.input_ids.cpu())
     if is_plain(call):
         requests = _requests(call, None)
         driver.run(requests)
@@ -42,8 +42,8 @@ def generate(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Te
         call.streamer.end()
     if not call.config.return_dict_in_generate:
         return sequences
-    cache = ReplayedCache(model, sequences, call.input_ids.shape[1], call.prompts) if call.config.use_cache else None
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, past_key_values=cache)
+    cache = ReplayedCache(model, sequences, call.visible) if call.config.use_cache else None
+    return decoder_output(sequences, scores, logits, cache)
 
 
 def _run_rowwise(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Tensor:
@@ -56,9 +56,12 @@ def _run_rowwise(model: PreTrainedModel, call: Prepared, driver: Driver) -> torc
         for request in requests:
             request.sampler = sampler
         driver.run(requests)
-    finally:
-        if noise is not None:
-            noise.close()
+    except BaseException as error:
+        if noise is not None:  # after an engine that was closed the call is answered by another, or by stock
+            noise.close(drawn=not isinstance(error, (EngineClosedError, RequestAbortedError)))
+        raise
+    if noise is not None:
+        noise.close()
     return _padded(call, requests)
 
 

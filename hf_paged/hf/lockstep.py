@@ -46,6 +46,9 @@ def run(
         while True:
             stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)
+            if call.streamer is not None and not call.seen:
+                call.streamer.put(input_ids.cpu())  # no sooner: of a call that is begun again it would come twice
+            call.seen = True
             raw = torch.stack([handoff.logits[request] for request in requests])
             raw = raw.to(copy=True, dtype=torch.float32, device=input_ids.device)
             processed = call.processors(input_ids, raw)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.attention import PagedStep, SeenLayer, stepping, switched
+from hf_paged.hf.eager import eager
 from hf_paged.hf.fusion.fusion import Fusion
 from hf_paged.hf.invariant import InvariantOps, trusted
-from hf_paged.hf.weights import WeightWatch
+from hf_paged.hf.weights import WeightWatch, modules_of
 from hf_paged.protocols import LayerPlan
 from hf_paged.types import Batch, CacheSpec
 
 
 class FlatModel:
     """The flat path: prefill and decode rows mixed, end to end in one row of the model's batch.
+
+    The model is held weakly: it holds its engines, and its memory has to be free as soon as its user drops it.
 
     Args:
         model: the live module.
@@ -49,26 +55,49 @@ class FlatModel:
         self.layers = layers
         self.fusion: Fusion | None = None
         self.invariant: InvariantOps | None = None
-        self._model = model
+        self._model = weakref.ref(model)
         self._modules = [layer.module for layer in layers]
         self._configs = configs
         self._keeps_logits = model._supports_logits_to_keep()
+        self._takes_no_rows = _takes_no_rows(model.get_output_embeddings())
         self._weights = WeightWatch(model)
+        self._eager = eager(modules_of(model))
 
     def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:
         """See `PagedModel.forward`."""
         if self.invariant is not None:
             plan = trusted(plan)
-        with self.invariant or nullcontext():
-            return flat_forward(
-                self._model,
+        wanted = batch.logits_indices
+        if not len(wanted) and not self._takes_no_rows:
+            wanted = wanted.new_zeros(1)
+        fused = self.fusion.swaps.on() if self.fusion is not None else nullcontext()
+        with self.uncompiled(), fused, self.invariant or nullcontext():
+            logits = flat_forward(
+                self.model,
                 batch.input_ids,
                 batch.positions,
-                batch.logits_indices,
-                PagedStep(plan, self._modules, batch.logits_indices, self.fusion),
+                wanted,
+                PagedStep(plan, self._modules, wanted, self.fusion),
                 self._configs,
                 keeps_logits=self._keeps_logits,
             )
+        return logits[: len(batch.logits_indices)]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The live module.
+
+        Raises:
+            UnsupportedModelError: the model was garbage-collected.
+        """
+        model = self._model()
+        if model is None:
+            raise UnsupportedModelError("the model is gone: only its engine was kept")
+        return model
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """Inside, the model's forward goes past torch.compile."""
+        return self._eager.on()
 
     def fingerprint(self) -> Hashable:
         """See `PagedModel.fingerprint`."""
@@ -107,3 +136,8 @@ def flat_forward(
             input_ids=input_ids[None], position_ids=positions[None], use_cache=False, return_dict=True, **only
         )
     return output.logits[0] if keeps_logits else output.logits[0, logits_indices]
+
+
+def _takes_no_rows(head: Any) -> bool:
+    """Whether an output head is known to take an input without rows; one of quantised weights may not."""
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and type(head.weight.data) is torch.Tensor

@@ -7,9 +7,12 @@ import weakref
 
 import torch
 
-_lock = threading.Lock()
+from hf_paged.forks import after_fork, renewed_after_fork
+
+_lock = renewed_after_fork(threading.Lock())
 # Held weakly: one that an interrupt kept from being closed goes with its call.
 _in_flight: weakref.WeakSet[CallNoise] = weakref.WeakSet()
+after_fork(_in_flight.clear)
 
 
 class CallNoise:
@@ -56,13 +59,17 @@ class CallNoise:
         assert self._last is not None
         return self._last[1]
 
-    def close(self) -> None:
-        """Leave the global generator where the draws so far would have left it."""
+    def close(self, *, drawn: bool = True) -> None:
+        """Leave the global generator where the draws so far would have left it.
+
+        Args:
+            drawn: False if the call will be run again and draw the same numbers.
+        """
         with _lock:
             _in_flight.discard(self)
             default = _default_generator(self._device)
             untouched = torch.equal(default.get_state(), self._start)
-            if self._alone and untouched:
+            if drawn and self._alone and untouched:
                 default.set_state(self._states[-1])
 
 

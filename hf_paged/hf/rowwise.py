@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process, stopping_criteria
 
+from hf_paged.hf.compat import classes
 from hf_paged.hf.noise import CallNoise
 from hf_paged.hf.prepare import Prepared
 from hf_paged.types import Request, Sampled
@@ -37,8 +38,8 @@ _PROCESSORS = (
     "TypicalLogitsWarper",
 )
 _CRITERIA = ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria")
-ROWWISE_PROCESSORS = frozenset(getattr(logits_process, name) for name in _PROCESSORS if hasattr(logits_process, name))
-ROWWISE_CRITERIA = frozenset(getattr(stopping_criteria, name) for name in _CRITERIA)
+ROWWISE_PROCESSORS = classes(logits_process, _PROCESSORS)
+ROWWISE_CRITERIA = classes(stopping_criteria, _CRITERIA)
 _PLAIN_CRITERIA = frozenset((stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria))
 
 

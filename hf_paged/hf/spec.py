@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_paged.errors import UnsupportedModelError
+from hf_paged.errors import UnsupportedModelError, first_line
 from hf_paged.hf.attention import PagedStep, SeenLayer
+from hf_paged.hf.eager import eager
 from hf_paged.hf.model import FlatModel, flat_forward
+from hf_paged.hf.weights import modules_of
 from hf_paged.types import CacheSpec, LayerSpec
 
 CARRIED_LAYERS = {"full_attention", "sliding_attention"}
@@ -84,6 +87,7 @@ def flat_model(model: nn.Module) -> FlatModel:
     """
     carried = _check_class(model)
     check_mode(carried)
+    _check_weights(carried)
     configs = attention_configs(carried)
     config = carried.config.get_text_config(decoder=True)
     _check_config(config)
@@ -97,20 +101,32 @@ def flat_model(model: nn.Module) -> FlatModel:
 
 
 def unwrap(model: Any) -> Any:
-    """The Transformers model inside PEFT, DDP, FSDP, torch.compile and Accelerate wrappers."""
+    """The Transformers model inside PEFT, DDP, FSDP, torch.compile and Accelerate wrappers, a pipeline or a trainer.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    given, seen = model, []
     while not isinstance(model, PreTrainedModel):
-        if callable(inner := getattr(model, "get_base_model", None)):  # PEFT
-            model = inner()
-            continue
-        wrapped = (getattr(model, name, None) for name in ("module", "_orig_mod"))
-        inner = next((part for part in wrapped if isinstance(part, nn.Module)), None)
-        if not isinstance(model, nn.Module) or inner is None:
+        seen.append(model)
+        model = _inside(model)
+        if model is None or any(model is one for one in seen):
             raise UnsupportedModelError(
-                "hf_paged takes a Transformers model, or a PEFT, DDP or Accelerate wrapper of one; "
-                f"got {type(model).__name__}"
+                "hf_paged takes a Transformers model, a PEFT, DDP or Accelerate wrapper of one, or what has one as "
+                f"`model`, such as a pipeline or a trainer; got {type(given).__name__}"
             )
-        model = inner
     return model
+
+
+def _inside(wrapper: Any) -> Any:
+    """What a wrapper is around, or None."""
+    if isinstance(wrapper, type):
+        return None
+    if callable(inner := getattr(wrapper, "get_base_model", None)):  # PEFT
+        return inner()
+    # A pipeline and a trainer are no modules; both have the module that they use as `model`.
+    names = ("module", "_orig_mod") if isinstance(wrapper, nn.Module) else ("model",)
+    return next((part for name in names if (part := getattr(wrapper, name, None)) is not None), None)
 
 
 def check_mode(model: PreTrainedModel) -> None:
@@ -157,6 +173,11 @@ def _check_class(model: Any) -> PreTrainedModel:
     return model
 
 
+def _check_weights(model: PreTrainedModel) -> None:
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise UnsupportedModelError("some of its weights are offloaded or not loaded: they lie on the device 'meta'")
+
+
 def _check_config(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - CARRIED_LAYERS
     if kinds:
@@ -179,14 +200,16 @@ def _look_at(model: PreTrainedModel, configs: Sequence[Any]) -> _Look:
     tokens = torch.arange(4, device=model.get_input_embeddings().weight.device)
     look = _Look(tokens.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eager(modules_of(model)).on():
             keeps = model._supports_logits_to_keep()
             logits = flat_forward(model, tokens, tokens, tokens[-1:], look, configs, keeps_logits=keeps)
         look.num_logits = logits.shape[-1]
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"a forward over a flat batch fails: {type(error).__name__}: {error}") from error
+        raise UnsupportedModelError(
+            f"a forward over a flat batch fails: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return look
 
 

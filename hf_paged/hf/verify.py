@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_paged.config import PagedConfig
 from hf_paged.engine.engine import Engine
-from hf_paged.errors import UnsupportedModelError
+from hf_paged.errors import UnsupportedModelError, first_line
 from hf_paged.hf.model import FlatModel
+from hf_paged.hf.params import special_ids
 from hf_paged.params import SamplingParams
 from hf_paged.protocols import AttentionBackend
 from hf_paged.types import Request, Sampled
@@ -47,8 +48,8 @@ def verify(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, b
     windows = [window for window in flat.spec.windows if window is not None and window <= LONGEST_WINDOW]
     past_a_block = block_size + 4 if block_size <= LONGEST_BLOCK else 0
     lengths = (ROWS[0], max([ROWS[1], past_a_block, *(window + 4 for window in windows)]))
-    rows = _prompts(model, flat.vocab_size, lengths)
-    with _trial():
+    rows = _prompts(model, flat.vocab_size, _that_fit(flat, lengths))
+    with _trial(), flat.uncompiled():
         seen, tokens = _paged(flat, backend, rows, block_size)
         expected = [_stock(model, row) for row in tokens]
     for prompt, got, want in zip(rows, seen, expected, strict=True):
@@ -68,7 +69,7 @@ def try_fusion(model: PreTrainedModel, flat: FlatModel, backend: AttentionBacken
     Raises:
         whatever a kernel raises.
     """
-    _paged(flat, backend, _prompts(model, flat.vocab_size, (TRIAL_ROW,)), block_size)
+    _paged(flat, backend, _prompts(model, flat.vocab_size, _that_fit(flat, (TRIAL_ROW,))), block_size)
 
 
 def verify_invariance(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, block_size: int) -> None:
@@ -78,8 +79,7 @@ def verify_invariance(model: PreTrainedModel, flat: FlatModel, backend: Attentio
         UnsupportedModelError: they differ, or the model fails.
     """
     lengths = LENGTHS_ON_CPU if flat.spec.device.type == "cpu" else LENGTHS
-    most = max(1, (flat.max_positions or lengths[-1] + NEW) - NEW)
-    rows = _prompts(model, flat.vocab_size, [min(length, most) for length in lengths])
+    rows = _prompts(model, flat.vocab_size, _that_fit(flat, lengths))
     with _trial():
         together, _ = _paged(flat, backend, rows, block_size)
         apart = [_paged(flat, backend, [row], block_size, most=len(row))[0][0] for row in rows]
@@ -99,7 +99,9 @@ def _trial() -> Iterator[None]:
     except UnsupportedModelError:
         raise
     except Exception as raised:
-        raise UnsupportedModelError(f"a trial on the paged engine fails: {type(raised).__name__}: {raised}") from raised
+        raise UnsupportedModelError(
+            f"a trial on the paged engine fails: {type(raised).__name__}: {first_line(raised)}"
+        ) from raised
 
 
 class _Recorder:
@@ -115,10 +117,15 @@ class _Recorder:
         return Sampled(logits.argmax(-1).tolist())
 
 
+def _that_fit(flat: FlatModel, lengths: Sequence[int]) -> list[int]:
+    """Lengths of prompts, shortened to what the model has positions for."""
+    most = flat.max_positions - NEW if flat.max_positions is not None else max(lengths)
+    return [max(1, min(length, most)) for length in lengths]
+
+
 def _prompts(model: PreTrainedModel, vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:
     """Random ids without those that a config gives a meaning."""
-    config = model.config.get_text_config(decoder=True)
-    special = {value for name, value in vars(config).items() if name.endswith("token_id") and isinstance(value, int)}
+    special = special_ids(model)
     generator = torch.Generator().manual_seed(0)
     ids = [
         i

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from hf_paged.hf.fusion.forward import FusedForward
+from hf_paged.hf.swaps import at_rest
+from hf_paged.hf.untouched import changes_nothing
 
 SAMPLES = 8  # elements looked at of each parameter
 # Options of a config, by parts of their names, and attributes of modules that say how attention is computed.
 CONFIG_PARTS = ("window", "layer_type", "softcap", "rope", "scal", "multiplier", "chunk", "causal")
 MODULE_OPTIONS = {"sliding_window", "is_causal", "scaling", "attn_logit_softcapping", "layer_type", "attention_type"}
+REPLACED = {"forward", "_compiled_call_impl"}  # what a module's owner may put in place of its class's forward
 _INT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,7 +30,7 @@ class WeightWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
 
     def fingerprint(self, *, places: bool = True) -> Hashable:
         """A value that is another one after the weights, the active adapters, the hooks or the modules changed.
@@ -35,15 +38,20 @@ class WeightWatch:
         Args:
             places: whether it is another one, too, where weights lie elsewhere and look the same.
         """
-        modules = modules_of(self._model)
+        modules = self._modules()
         tensors = _tensors(modules)
-        counters = hash(tuple((id(t), places and t.data_ptr(), _version(t)) for t in tensors))
-        return counters, _sampled(tensors), tuple(_adapters(modules)), tuple(_hooks(modules))
+        counters = hash(tuple((id(t), _version(t), places and tuple(_places(t))) for t in tensors))
+        parts = (part for t in tensors for part in _parts(t))
+        return counters, _sampled(parts), tuple(_adapters(modules)), tuple(_hooks(modules))
 
     def graph_key(self) -> Hashable:
         """A value that is another one after a parameter or buffer was put elsewhere, or an adapter was switched."""
-        modules = modules_of(self._model)
-        return hash((tuple(t.data_ptr() for t in _tensors(modules)), *_adapters(modules)))
+        modules = self._modules()
+        return hash((tuple(place for t in _tensors(modules) for place in _places(t)), *_adapters(modules)))
+
+    def _modules(self) -> list[nn.Module]:
+        model = self._model()
+        return [] if model is None else modules_of(model)
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -65,6 +73,42 @@ def _tensors(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return list(tensors.values())
 
 
+_PLAIN = (nn.Parameter, torch.Tensor)
+
+
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The tensors with memory of their own that a quantised, sharded or sparse tensor is made of.
+
+    An ordinary one is its only part. One that doesn't say what it is made of is given as it is.
+    """
+    if tensor.layout is not torch.strided:
+        return _sparse_parts(tensor)
+    if type(tensor) in _PLAIN:
+        return (tensor,)
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        inner = [getattr(tensor, name, None) for name in names]
+        return [part for one in inner if isinstance(one, torch.Tensor) for part in _parts(one)]
+    return (tensor.data if type(tensor.data) is torch.Tensor else tensor,)
+
+
+def _sparse_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+
+
+def _places(tensor: torch.Tensor) -> Iterator[int]:
+    """Where the parts of a tensor lie; one that doesn't say counts by the object."""
+    for part in _parts(tensor):
+        try:
+            yield part.data_ptr()
+        except RuntimeError:
+            yield id(tensor)
+
+
 def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors have no counter
 
@@ -73,7 +117,7 @@ def _sampled(tensors: Iterable[torch.Tensor]) -> int:
     """A hash of a few elements of each tensor, bit for bit."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel() and tensor.is_contiguous() and not tensor.is_sparse:
+        if type(tensor) in _PLAIN and tensor.numel() and tensor.is_contiguous():
             picked = _spread(tensor.detach())
             if not picked.is_complex():  # not every dtype can be put together
                 picked = picked.view(_INT_VIEWS[picked.itemsize])
@@ -85,9 +129,7 @@ def _sampled(tensors: Iterable[torch.Tensor]) -> int:
 def _spread(tensor: torch.Tensor) -> torch.Tensor:
     """Up to SAMPLES elements of a contiguous tensor, from its whole length."""
     step = max(1, tensor.numel() // SAMPLES)
-    if type(tensor) is torch.Tensor:  # else one view more each: a model has hundreds
-        return tensor.as_strided((min(SAMPLES, tensor.numel()),), (step,), tensor.storage_offset())
-    return tensor.view(-1)[::step][:SAMPLES]
+    return tensor.as_strided((min(SAMPLES, tensor.numel()),), (step,), tensor.storage_offset())
 
 
 def structure(model: nn.Module) -> Hashable:
@@ -105,18 +147,18 @@ def structure(model: nn.Module) -> Hashable:
     for module in modules:
         own = vars(module)
         options += [(name, repr(own[name])) for name in MODULE_OPTIONS & own.keys()]
-        if "forward" in own and not isinstance(own["forward"], FusedForward):
-            options.append(("forward", str(id(own["forward"]))))
+        replaced = ((name, at_rest(module, name)) for name in REPLACED & own.keys())
+        options += [(name, str(id(value))) for name, value in replaced if value is not None]
     return kinds, tuple(map(id, modules)), tuple(_hooks(modules)), hash(tuple(options))
 
 
 def _hooks(modules: Iterable[nn.Module]) -> Iterator[int]:
-    """The ids of the forward hooks, which may change what a layer gives; no id is used twice."""
+    """The ids of the forward hooks that may change what a layer gives; no id is used twice."""
     yield from torch_modules._global_forward_hooks
     yield from torch_modules._global_forward_pre_hooks
     for module in modules:
-        yield from module._forward_hooks
-        yield from module._forward_pre_hooks
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            yield from (number for number, hook in hooks.items() if not changes_nothing(hook))
 
 
 def _adapters(modules: Iterable[Any]) -> Iterator[Hashable]:

@@ -189,7 +189,7 @@ def test_a_pool_larger_than_memory(llama: PreTrainedModel) -> None:
         ({"n": 0}, ("n must be", "0")),
         ({"n": 2, "temperature": 0.0}, ("n=2", "temperature=0.0")),
         ({"presence_penalty": 3.0}, ("presence_penalty", "[-2, 2]")),
-        ({"repetition_penalty": 0.0}, ("repetition_penalty", "above 0")),
+        ({"repetition_penalty": 0.0}, ("repetition_penalty", "[0.001, 1000]")),
         ({"max_tokens": 0}, ("max_tokens", "at least 1")),
         ({"max_tokens": 3, "min_tokens": 4}, ("min_tokens=4", "max_tokens=3")),
         ({"logprobs": 21}, ("logprobs", "20")),

@@ -694,16 +694,12 @@ def test_token_healing_falls_back(model: PreTrainedModel, tokenizer: PreTrainedT
 def test_masks_that_are_no_left_padding(model: PreTrainedModel) -> None:
     kwargs: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
     right = padded(ROWS, side="right")
-    hole = padded(ROWS)
-    hole["attention_mask"][1, 4] = 0
-    for batch, word in ((right, "right padding"), (hole, "zeros after ones")):
-        expected = model.generate(**batch, **kwargs)
-        hf_paged.patch(model)
-        with caught() as warned:
-            same_tensor(model.generate(**batch, **kwargs), expected)
-        assert len(warned) == 1
-        assert word in warned[0]
-        hf_paged.unpatch(model)
+    expected = model.generate(**right, **kwargs)
+    hf_paged.patch(model)
+    with caught() as warned:
+        same_tensor(model.generate(**right, **kwargs), expected)
+    assert len(warned) == 1
+    assert "right padding" in warned[0]
 
 
 def test_right_padding_has_no_answer_to_equal(model: PreTrainedModel) -> None:

@@ -125,7 +125,7 @@ def test_a_hook_that_no_flat_batch_can_carry(llama: PreTrainedModel) -> None:
             llama.generate(**BATCH, **KWARGS)
         hook.remove()
         same_tensor(llama.generate(**BATCH, **KWARGS), expected)
-        assert len(handle._engines) == 1
+        assert len(handle._engines._engines) == 1
         assert handle.stats.prefix_queries > 0
 
 
@@ -141,7 +141,7 @@ def test_another_window(family: str) -> None:
         expected = stock(model)
         assert expected.tolist() != before.tolist()
         same_tensor(model.generate(**BATCH, **KWARGS), expected)
-        assert len(handle._engines) == 1
+        assert len(handle._engines._engines) == 1
 
 
 def test_engines_for_autocast_live_side_by_side(llama: PreTrainedModel) -> None:
@@ -149,11 +149,11 @@ def test_engines_for_autocast_live_side_by_side(llama: PreTrainedModel) -> None:
         llama.generate(**BATCH, **KWARGS)
         with torch.autocast("cpu", torch.bfloat16):
             llama.generate(**BATCH, **KWARGS)
-        assert len(handle._engines) == 2
+        assert len(handle._engines._engines) == 2
         queries = handle.stats.prefix_queries
         llama.double()
         llama.generate(**BATCH, **KWARGS)
-        assert len(handle._engines) == 1
+        assert len(handle._engines._engines) == 1
         assert handle.stats.prefix_queries > queries  # those of the dropped ones count
 
 

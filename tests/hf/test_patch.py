@@ -123,16 +123,16 @@ def test_paged_nests(llama: PreTrainedModel) -> None:
     with hf_paged.paged(llama):
         hf_paged.patch(llama)
     hf_paged.unpatch(llama)
-    with hf_paged.paged(llama, keep_pool=True) as handle:
+    with hf_paged.paged(llama, keep_pool=True):
         hf_paged.patch(llama)  # from now on it is patched for good
     assert "generate" in vars(llama)
     hf_paged.unpatch(llama)
     with hf_paged.paged(llama, keep_pool=True):
         pass
     assert "generate" not in vars(llama)
-    with pytest.raises(ZeroDivisionError), hf_paged.paged(zoo.build("llama")) as handle:
+    with pytest.raises(ZeroDivisionError), hf_paged.paged(llama):
         raise ZeroDivisionError
-    assert "generate" not in vars(handle.model)
+    assert "generate" not in vars(llama)
 
 
 def test_paged_from_two_threads(llama: PreTrainedModel) -> None:
@@ -206,7 +206,7 @@ def test_unpatch_while_calls_run(llama: PreTrainedModel) -> None:
 
 
 def test_unpatch_in_the_middle_of_a_forward(llama: PreTrainedModel) -> None:
-    """It waits for the forward, which finds what it needs to its end; the call ends with an error that says why."""
+    """It waits for the forward, which finds what it needs to its end; the call gets stock's answer."""
     threads: list[threading.Thread] = []
     armed = False
 
@@ -218,13 +218,14 @@ def test_unpatch_in_the_middle_of_a_forward(llama: PreTrainedModel) -> None:
             assert threads[0].is_alive()
             assert "generate" in vars(llama)
 
+    expected = llama.generate(BATCH["input_ids"][2:], **KWARGS)
     hook = llama.model.layers[1].register_forward_pre_hook(unpatch)
     before = snapshot(llama)
     hf_paged.patch(llama, on_unsupported="error")
     llama.generate(**BATCH, max_new_tokens=1)
     armed = True
-    with pytest.raises(hf_paged.RequestAbortedError, match="aborted"):
-        llama.generate(BATCH["input_ids"][2:], **KWARGS)  # one row: a step that fails isn't tried again with fewer
+    # One row: a step that fails isn't tried again with fewer.
+    same_tensor(llama.generate(BATCH["input_ids"][2:], **KWARGS), expected)
     threads[0].join(60)
     assert not threads[0].is_alive()
     assert snapshot(llama) == before

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from stock import free, padded
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_paged
 from hf_paged.bench import workloads
+
+pytestmark = pytest.mark.slow
 
 # The issue's own size; `HF_PAGED_FULL=1 pytest tests/hf/test_smollm2.py` runs it.
 NEW_TOKENS = 64 if os.environ.get("HF_PAGED_FULL") == "1" else 32

@@ -12,15 +12,19 @@ from torch import nn
 
 from hf_paged.hf.attention import PagedStep, current_step
 from hf_paged.hf.fusion.layer import FusedLayer
+from hf_paged.hf.fusion.merge import SharedStorageError
 from hf_paged.hf.fusion.parts import TOLERANCE, GatedMLP, error
 from hf_paged.protocols import Kernels, Norm
 
+SHARED = "something else uses the memory of its weights"
 # What a layer adds to its input may be much smaller than the input that both round.
 LAYER_TOLERANCE = {dtype: 4 * limit for dtype, limit in TOLERANCE.items()}
 
 
 class FusedForward:
-    """The `forward` that a module has on its instance while a fusion is installed.
+    """The `forward` that a module has during the engine's steps.
+
+    A forward of another thread may meet it there, and gets the module's own.
 
     Args:
         module: the module, without a forward of its own.
@@ -34,22 +38,18 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output: the fused one during a step that it serves."""
-        step = current_step()
+        step = None if torch.compiler.is_compiling() else current_step()
         if step is None or step.fusion is not self._fusion:
             return self.original(*args, **kwargs)
         return self.serve(step, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """A copy of the model (deepcopy, pickle) has its class's forward."""
-        return _forward_of_class, (self.module,)
+        """A copy of the model (deepcopy, pickle) that is made during a step has its class's forward."""
+        return getattr, (self.module, "forward")
 
     def serve(self, step: PagedStep, *args: Any, **kwargs: Any) -> Any:
         """The module's output during a step."""
         return self.original(*args, **kwargs)
-
-
-def _forward_of_class(module: nn.Module) -> Any:
-    return types.MethodType(type(module).forward, module)
 
 
 class NormForward(FusedForward):
@@ -106,6 +106,19 @@ class LayerForward(FusedForward):
     def products(self, tokens: int) -> Iterable[tuple[torch.Tensor, Callable[[], object]]]:
         """See `FusedLayer.products`."""
         return self._candidates[0].products(tokens)
+
+    def rebind(self) -> None:
+        """Merge again what was taken apart: parameters that were given other storage.
+
+        Where that storage is used by something else, the layer runs as it is from now on.
+        """
+        for merged in self._candidates[0].merged if self._candidates else ():
+            if not merged.intact:
+                try:
+                    merged.bind()
+                except SharedStorageError:
+                    self._candidates, self.rejected = [], SHARED
+                    return
 
     def end_trial(self) -> None:
         """From now on the candidate that agreed serves; without one the layer runs as it is."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_paged.errors import UnsupportedModelError
+from hf_paged.forks import after_fork, renewed_after_fork
 from hf_paged.hf.attention import SeenLayer
-from hf_paged.hf.fusion.forward import FusedForward, HeadForward, LayerForward, NormForward
+from hf_paged.hf.fusion.forward import SHARED, FusedForward, HeadForward, LayerForward, NormForward
 from hf_paged.hf.fusion.layer import ROTATIONS, FusedLayer
-from hf_paged.hf.fusion.merge import MergedLinear, holders, is_plain, is_untouched, is_watched
+from hf_paged.hf.fusion.merge import MergedLinear, SharedStorageError, is_plain
 from hf_paged.hf.fusion.parts import WIRINGS, find_attention, find_mlp, find_norm
-from hf_paged.ledger import Ledger
+from hf_paged.hf.fusion.storage import holders
+from hf_paged.hf.swaps import Swaps
+from hf_paged.hf.untouched import is_untouched, is_watched
 from hf_paged.protocols import Kernels
 
 
@@ -47,8 +50,10 @@ class Fusion:
         self._far = far
         self.users = 0
         self.trying = threading.Lock()  # of two engines that begin at once, one tries what is fused
+        self.swaps = Swaps()
+        self._model = weakref.ref(model)
         self._kernels = kernels
-        self._ledger = Ledger()
+        self._shared_layers = 0
         self._merged: list[MergedLinear] = []
         self._layers: list[LayerForward] = []
         self._norms = 0
@@ -61,13 +66,9 @@ class Fusion:
             self.undo()
             raise
 
-    def __reduce__(self) -> Any:
-        return _nothing, ()
-
     # ---------------------------------------------------------------------------------------------------------- on, off
 
     def _install(self, model: PreTrainedModel, layers: Sequence[SeenLayer]) -> None:
-        self._ledger.set_attribute(model, _PLACE, self)
         shared, parents, watched = holders(model), _parents(model), is_watched(model)
         inside: set[nn.Module] = set()
         for index, seen in enumerate(layers):
@@ -103,7 +104,11 @@ class Fusion:
         wirings = [wiring for wiring in WIRINGS if wiring.names == norms.keys()]
         if len(rest) != 1 or not wirings:
             return []
-        attention = find_attention(seen, index, self._kernels, shared)
+        try:
+            attention = find_attention(seen, index, self._kernels, shared)
+        except SharedStorageError:
+            self._shared_layers += 1
+            return []
         if attention is None:
             return []
         self._merged.append(attention.qkv)
@@ -116,13 +121,16 @@ class Fusion:
         ]
 
     def _put(self, forward: FusedForward) -> None:
-        self._ledger.set_attribute(forward.module, "forward", forward)
+        self.swaps.add(forward.module, "forward", forward)
 
     def undo(self) -> None:
         """Take everything off: the modules' own forwards, a storage of its own for each parameter."""
-        self._ledger.undo()
+        self.swaps.clear()
         while self._merged:
-            self._merged.pop().restore()
+            merged = self._merged.pop()
+            if self._model() is not None:  # else its weights go with it
+                merged.restore()
+        self._layers.clear()  # they hold the model's layers, which would live until a collection
         self._give_back()
 
     def _give_back(self) -> None:
@@ -131,10 +139,9 @@ class Fusion:
             torch.cuda.empty_cache()
 
     def rebind(self) -> None:
-        """Merge again what was taken apart: parameters that were given other storage."""
-        for merged in self._merged:
-            if not merged.intact:
-                merged.bind()
+        """Merge again what was taken apart; see `LayerForward.rebind`."""
+        for forward in self._layers:
+            forward.rebind()
 
     # ------------------------------------------------------------------------------------------------------------ trial
 
@@ -168,6 +175,8 @@ class Fusion:
             yield "the last layer's output computed only where logits are wanted"
         reasons = Counter(f.rejected for f in self._layers if f.rejected is not None)
         yield from (f"{count} layers run as they are: {reason}" for reason, count in reasons.items())
+        if self._shared_layers:
+            yield f"{self._shared_layers} layers run as they are: {SHARED}"
         if self._norms:
             yield f"{self._norms} norms fused"
         if self._head:
@@ -179,8 +188,9 @@ def _parents(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: parent for parent in model.modules() for child in parent.children()}
 
 
-_lock = threading.Lock()
-_PLACE = "_hf_paged_fusion"  # where a model holds its fusion: what holds the model in turn must go with it
+_lock = renewed_after_fork(threading.RLock())  # a collection that begins under it may release an engine's fusion
+# Engines hold their fusion; this only finds it.
+_fusions: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Fusion]] = weakref.WeakKeyDictionary()
 
 
 def acquire(
@@ -202,7 +212,10 @@ def acquire(
         UnsupportedModelError: another engine of the model has it fused with kernels of another kind.
     """
     with _lock:
-        found: Fusion | None = vars(model).get(_PLACE)
+        known = _fusions.get(model)
+        found = known() if known is not None else None
+        if found is not None and not found.users:
+            found = None  # it was taken off
         if found is not None and found.key == key and found.kind != kind:
             raise UnsupportedModelError(
                 "another engine of this model, with another attention backend or `deterministic`, has its layers fused "
@@ -213,6 +226,7 @@ def acquire(
             found = None
         if found is None:
             found = Fusion(model, layers, kernels, kind, key, far)
+            _fusions[model] = weakref.ref(found)
         found.users += 1
         return found
 
@@ -225,5 +239,10 @@ def release(fusion: Fusion) -> None:
             fusion.undo()
 
 
-def _nothing() -> None:
-    """What a copy of a model has in place of its fusion."""
+@after_fork
+def _void_all() -> None:
+    """In a forked child: a thread that is not here may have been trying a fusion, or merging weights."""
+    for known in list(_fusions.values()):
+        fusion = known()
+        if fusion is not None:
+            fusion.key = object()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from hf_paged.hf.attention import PagedStep
+from hf_paged.hf.fusion.merge import MergedLinear
 from hf_paged.hf.fusion.parts import GatedMLP, RotaryAttention, Wiring
 from hf_paged.protocols import Kernels, Norm
 
@@ -110,6 +111,11 @@ class FusedLayer:
             yield mlp.gate_up.weight, lambda: self.kernels.gated(total, mlp.gate_up.weight, mlp.kind, before_mlp)
             down, after_mlp = self.mlp.down, self._norm(wiring.after_mlp)
             yield down.weight, lambda: self._add(zeros(total.shape[1]), zeros(down.in_features), down, after_mlp)
+
+    @property
+    def merged(self) -> Sequence[MergedLinear]:
+        """Its merged weights."""
+        return [self.attention.qkv, *([self.mlp.gate_up] if isinstance(self.mlp, GatedMLP) else [])]
 
     def _attend(self, step: PagedStep, total: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         own = self.attention

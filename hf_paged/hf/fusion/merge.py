@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
+
+from hf_paged.hf.fusion.storage import is_seen_elsewhere, owns_its_storage
+from hf_paged.hf.untouched import is_untouched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class SharedStorageError(Exception):
+    """Parameters that can't be merged: something else uses the memory that they lie in."""
 
 
 class MergedLinear:
     """Linear layers over the same input as one, on their own live parameters.
 
-    The merged weight is the storage, and the layers' parameters are views of it: optimisers, `state_dict` and whoever
-    else holds a parameter go on as before, and what they write is what the merged product reads.
+    The merged weight owns the storage; the layers' parameters are views of it, so optimizers and `state_dict` keep
+    working, and what they write is what the merged product reads.
 
     Args:
         layers: plain linear layers (see `is_plain`), all or none of them with a bias; one is taken as it is.
@@ -26,15 +32,27 @@ class MergedLinear:
     Attributes:
         weight: [sum of the layers' outputs, inputs].
         bias: [sum of the layers' outputs], or None.
+
+    Raises:
+        SharedStorageError: something else uses a parameter's memory; nothing was changed.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._layers = tuple(layers)
+        self.weight = torch.empty(0)
+        self.bias: torch.Tensor | None = None
         self.bind()
 
     def bind(self) -> None:
-        """Make the parameters parts of one storage, where they aren't."""
+        """Make the parameters parts of one storage, where they aren't.
+
+        Raises:
+            SharedStorageError: something else uses a parameter's memory; nothing was changed.
+        """
         with _ordinary_tensors():
+            if len(self._layers) > 1:
+                _check_storage(self._weights, self.weight)
+                _check_storage(self._biases, self.bias)
             self.weight = _merged(self._weights)
             self.bias = _merged(self._biases) if self._biases else None
 
@@ -53,14 +71,24 @@ class MergedLinear:
         return [layer._parameters["bias"] for layer in self._layers if layer._parameters["bias"] is not None]
 
     def restore(self) -> None:
-        """Give each parameter a storage of its own again."""
+        """Give each parameter a storage of its own again.
+
+        Where somebody took a view of the merged storage since (a `.data` that was kept, a process that it was sent
+        to), the parameters stay there: they go on following what is written through that view.
+        """
         if len(self._layers) == 1:
             return
         with _ordinary_tensors():
-            for layer in self._layers:
-                for parameter, merged in ((layer.weight, self.weight), (layer.bias, self.bias)):
-                    if parameter is not None and _shares(parameter, merged):
-                        parameter.data = parameter.data.clone()
+            self._restore(self._weights, self.weight)
+            if self.bias is not None:
+                self._restore(self._biases, self.bias)
+
+    def _restore(self, parameters: Sequence[torch.Tensor], merged: torch.Tensor) -> None:
+        inside = [parameter for parameter in parameters if _shares(parameter, merged)]
+        if is_seen_elsewhere(merged, len(inside) + 1):  # the merged tensor's own use
+            return
+        for parameter in inside:
+            parameter.data = parameter.data.clone()
 
 
 @contextmanager
@@ -81,6 +109,15 @@ def _merged(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return merged
 
 
+def _check_storage(parameters: Sequence[torch.Tensor], merged: torch.Tensor | None) -> None:
+    """Raise SharedStorageError if something else uses a parameter's memory. Some may be parts of `merged` already."""
+    inside = [p for p in parameters if merged is not None and _shares(p, merged)]
+    if not all(owns_its_storage(p) for p in parameters if not any(p is one for one in inside)):
+        raise SharedStorageError
+    if inside and is_seen_elsewhere(inside[0], len(inside) + 1):  # the merged tensor's own use
+        raise SharedStorageError
+
+
 def _in_place(merged: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
     address = merged.data_ptr()
     for parameter in parameters:
@@ -90,20 +127,8 @@ def _in_place(merged: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
     return address == merged.data_ptr() + merged.nbytes
 
 
-def _shares(parameter: torch.Tensor, merged: torch.Tensor | None) -> bool:
-    return merged is not None and parameter.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has hooked, wrapped, parametrised or replaced a module's forward."""
-    hooked = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooked) and "forward" not in vars(module) and "parametrizations" not in module._modules
-
-
-def is_watched(model: nn.Module) -> bool:
-    """Whether somebody may look at what the model's modules hand on: a hook, or a forward that was replaced."""
-    everywhere = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
-    return bool(everywhere) or not all(map(is_untouched, model.modules()))
+def _shares(parameter: torch.Tensor, merged: torch.Tensor) -> bool:
+    return parameter.untyped_storage().data_ptr() == merged.untyped_storage().data_ptr()
 
 
 def is_plain(module: Any, shared: Counter[int]) -> bool:
@@ -117,6 +142,7 @@ def is_plain(module: Any, shared: Counter[int]) -> bool:
     return all(
         type(parameter) is nn.Parameter
         and type(parameter.data) is torch.Tensor
+        and parameter.layout is torch.strided
         and parameter.dtype in DTYPES
         and parameter.is_contiguous()
         and not parameter.is_inference()
@@ -124,8 +150,3 @@ def is_plain(module: Any, shared: Counter[int]) -> bool:
         for parameter in module._parameters.values()
         if parameter is not None
     )
-
-
-def holders(model: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by its id."""
-    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)

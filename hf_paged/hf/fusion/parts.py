@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hf_paged.hf.fusion.merge import MergedLinear, is_plain, is_untouched
+from hf_paged.hf.fusion.merge import MergedLinear, SharedStorageError, is_plain
+from hf_paged.hf.untouched import is_untouched
 from hf_paged.protocols import Kernels, Norm
 
 EPS_NAMES = ("variance_epsilon", "eps")
@@ -71,7 +72,10 @@ class GatedMLP:
 
 
 def find_mlp(module: Any, shared: Counter[int]) -> GatedMLP | None:
-    """A layer's MLP, if it is gated: gate_proj and up_proj, or gate_up_proj with the gate first; then down_proj."""
+    """A layer's MLP, if it is gated: gate_proj and up_proj, or gate_up_proj with the gate first; then down_proj.
+
+    One whose weights can't be merged runs as it is.
+    """
     if not isinstance(module, nn.Module) or not is_untouched(module):
         return None
     names = ["gate_up_proj"] if hasattr(module, "gate_up_proj") else ["gate_proj", "up_proj"]
@@ -82,7 +86,10 @@ def find_mlp(module: Any, shared: Counter[int]) -> GatedMLP | None:
     kind = _activation(next((getattr(module, n) for n in ("act_fn", "activation_fn") if hasattr(module, n)), None))
     if kind is None or any(part.bias is not None for part in inputs):
         return None
-    return GatedMLP(MergedLinear(inputs), down, kind)
+    try:
+        return GatedMLP(MergedLinear(inputs), down, kind)
+    except SharedStorageError:
+        return None
 
 
 def _activation(function: Any) -> str | None:
@@ -132,6 +139,9 @@ def find_attention(seen: Any, index: int, kernels: Kernels, shared: Counter[int]
     Args:
         seen: what the look at the model saw of it (`spec.SeenLayer`).
         index: its place among the model's attention layers.
+
+    Raises:
+        SharedStorageError: its weights can't be merged.
     """
     module, spec = seen.module, seen.spec
     names = ["qkv_proj"] if hasattr(module, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
