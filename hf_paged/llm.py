@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from hf_paged import plugins
+from hf_paged import plugins, vllm_names
 from hf_paged.config import PagedConfig
+from hf_paged.engine.admission import check_ids
 from hf_paged.engine.driver import Driver
 from hf_paged.engine.pool import free_memory
-from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError
+from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError, RequestAbortedError
 from hf_paged.hf.build import Built
-from hf_paged.hf.detokenize import Detokenizer, StopStrings, banned_ids
 from hf_paged.hf.handle import PatchedModel
+from hf_paged.hf.llm_engine import LLMEngine, engine_view
 from hf_paged.hf.load import load_model, load_tokenizer
 from hf_paged.hf.memory import step_bytes
 from hf_paged.hf.params import default_params, end_ids
 from hf_paged.hf.spec import unwrap
-from hf_paged.params import SamplingParams
-from hf_paged.types import CacheStats, CompletionOutput, Logprob, Request, RequestOutput
+from hf_paged.llm_requests import Carried, Progress, carry, params_for_each, priority_for_each
+from hf_paged.params import SamplingParams, is_integer
+from hf_paged.text.bad_words import banned_ids
+from hf_paged.text.messages import conversations_in
+from hf_paged.text.prompts import as_list, check_text, read_prompt
+from hf_paged.text.templates import render
+from hf_paged.text.tokens import TokenTexts
+from hf_paged.types import CacheStats, RequestOutput
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+Prompt = str | Sequence[int] | np.ndarray | torch.Tensor | Mapping[str, Any]
 Message = Mapping[str, Any]
-_ids = itertools.count()
 
 
 class LLM:
@@ -38,19 +43,20 @@ class LLM:
         model: a Transformers model, used as it is, or the name or path of one to load.
         tokenizer: its tokenizer, or the name or path of one; None: the model's own, if it can be found.
         skip_tokenizer_init: do without; prompts are token ids then, and no text comes back.
-        trust_remote_code, revision, dtype: for loading a model by name.
+        trust_remote_code, revision, tokenizer_revision, dtype: for loading a model or a tokenizer by name. `revision`
+            is the tokenizer's too, unless it has its own. One that nothing would use is refused.
         tensor_parallel_size: only 1 for now.
-        seed: of the draws of requests without a seed of their own.
+        seed: of the draws of requests without a seed of their own, any integer; None: 0.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together. On a CPU the pool grows.
         max_model_len, max_num_seqs, max_num_batched_tokens, enable_prefix_caching: as in PagedConfig.
         chat_template: used by `chat` instead of the tokenizer's own.
         enforce_eager: as in PagedConfig: no CUDA graphs.
         config: further options; those given by name here go before it.
-        options: single options of PagedConfig.
+        options: single options of PagedConfig, and vLLM's other options at values that mean what happens here anyway.
 
     Raises:
         UnsupportedModelError: the model can't be carried; the message says why.
-        ConfigError: an option is unknown or out of range.
+        ConfigError: an option is unknown, out of range, or one of vLLM's that can't be honoured; the message says why.
     """
 
     def __init__(
@@ -63,9 +69,10 @@ class LLM:
         tensor_parallel_size: int = 1,
         dtype: Any = "auto",
         revision: str | None = None,
-        seed: int = 0,
+        tokenizer_revision: str | None = None,
+        seed: int | None = 0,
         gpu_memory_utilization: float = 0.92,
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = False,
         chat_template: str | None = None,
         config: PagedConfig | None = None,
         **options: Any,
@@ -74,20 +81,33 @@ class LLM:
             raise ConfigError(f"tensor_parallel_size={tensor_parallel_size} is not there yet; only 1 is")
         if not _is_share(gpu_memory_utilization):
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization!r}")
-        config = PagedConfig.of(config, options)
+        if seed is not None and not is_integer(seed):
+            raise ConfigError(f"seed must be an integer or None, got {seed!r:.80}")
+        seed = int(seed or 0)
+        config = PagedConfig.of(config, vllm_names.paged_options(options))
         if enforce_eager:
             config = config.replace(enforce_eager=True)
         if config.keep_pool is None:
             config = config.replace(keep_pool=True)
-        if not isinstance(model, str):
-            wanted = None if dtype == "auto" else dtype
-            _check_nothing_to_load(dtype=wanted, revision=revision, trust_remote_code=trust_remote_code)
+        dtype = vllm_names.DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        loads_model = isinstance(model, str)
+        name = tokenizer or (model if loads_model else unwrap(model).name_or_path)
+        loads_tokenizer = not skip_tokenizer_init and isinstance(name, str) and bool(name)
+        _check_loading(loads_model, loads_tokenizer, dtype, trust_remote_code, revision, tokenizer_revision)
         loading: dict[str, Any] = {"revision": revision, "trust_remote_code": bool(trust_remote_code)}
-        self.model = unwrap(load_model(model, dtype=dtype, **loading) if isinstance(model, str) else model)
-        name = tokenizer or self.model.name_or_path
-        needs_one = not skip_tokenizer_init and isinstance(name, str) and bool(name)
-        self.tokenizer = load_tokenizer(name, **loading) if needs_one else None if skip_tokenizer_init else tokenizer
+        self.model = unwrap(load_model(model, dtype=dtype, **loading) if loads_model else model)
+        loading["revision"] = tokenizer_revision or revision
+        self.tokenizer = None if skip_tokenizer_init else tokenizer
+        if loads_tokenizer:
+            self.tokenizer = load_tokenizer(name, **loading)
+        self._loaded_with = {
+            "seed": seed,
+            "trust_remote_code": bool(trust_remote_code),
+            "revision": revision,
+            "tokenizer_revision": tokenizer_revision,
+        }
         self.chat_template = chat_template
+        self._texts: TokenTexts | None = None
         if config.num_blocks is None and config.kv_memory is None and self.model.device.type == "cuda":
             config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
@@ -102,10 +122,14 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
-        use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
+        priority: Sequence[int | None] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        raise_on_error: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts. Every prompt is checked before the first is begun.
 
@@ -113,96 +137,122 @@ class LLM:
         that is begun late leaves the GPU to itself.
 
         Args:
-            prompts: texts, lists of token ids, or dicts with "prompt" or "prompt_token_ids"; one or many.
+            prompts: texts, lists or arrays of token ids, or dicts; one or many. A dict has "prompt" or
+                "prompt_token_ids" (where it has both, the ids count), and may have "cache_salt", a text: only prompts
+                of the same salt share the prefix cache.
             sampling_params: one for all prompts or one for each; None: what the model's generation config says.
-            use_tqdm: show a progress bar.
-            priority: for each prompt, under the scheduler "priority"; the smallest runs first.
+            use_tqdm: show a progress bar; or what makes one, called with tqdm's arguments.
+            priority: for each prompt, an integer or None, which is 0; the smallest runs first. Refused under the
+                scheduler "fcfs", which has no use for it, unless all are 0.
+            lora_request, tokenization_kwargs, mm_processor_kwargs: vLLM's; only None.
+            raise_on_error: raise when a prompt fails while it runs, and drop the others.
 
         Returns:
-            The outputs, in the order of the prompts.
+            The outputs, in the order of the prompts. Where one fails while it runs, the others are what they would be
+            without it, and a warning says so; its own completions have the finish reason "error", and the error.
 
         Raises:
             UnsupportedModelError: the model was changed so that it can't be carried, or is in training mode by now.
-            InvalidRequestError: a prompt is empty, too long, or holds unknown ids; the message says which.
-            ConfigError: the lists' lengths differ, text is asked of an LLM without a tokenizer, or no plugin sees to
-                structured outputs.
+            InvalidRequestError: a prompt is empty, too long, holds unknown ids, or is a dict with other keys; the
+                message says which.
+            ConfigError: the lists' lengths or entries are wrong, text is asked of an LLM without a tokenizer, or no
+                plugin handles structured outputs.
+            RequestFailedError: a prompt failed, under `raise_on_error`; it has the prompt's index.
+            EngineClosedError, RequestAbortedError: the LLM was closed before the call, or while it ran.
         """
-        if self._patched is None:
-            raise EngineClosedError("this LLM is closed; build a new one")
-        built, driver = self._patched.engine()
-        items = _as_list(prompts)
-        params = self._params_for(items, sampling_params)
-        if priority is not None and len(priority) != len(items):
-            raise ConfigError(f"priority has {len(priority)} entries for {len(items)} prompts; give one for each")
-        groups = []
-        for index, (item, p) in enumerate(zip(items, params, strict=True)):
+        vllm_names.check_call(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
+        scheduler = self._open().config.scheduler
+        items = as_list(prompts)
+        params = params_for_each(sampling_params, len(items), self.get_default_sampling_params)
+        priorities = priority_for_each(priority, len(items), scheduler)
+
+        def run(*, again: bool = False) -> list[Carried]:
+            carried = self._carried(items, params, priorities)
+            _, driver = self.engine()  # of the model as it is now: to tokenise many prompts takes seconds
             try:
-                groups.append(self._requests(self._ids_of(item), p, priority[index] if priority else 0))
-                for one in groups[-1]:
-                    plugins.constrain(built.manager, one.request, self.tokenizer)
-                driver.engine.check_request(groups[-1][0].request)
-            except InvalidRequestError as error:
-                raise InvalidRequestError(f"prompt {index}: {error}") from error
-        with _Progress(groups, use_tqdm):
-            driver.run(sorted((one.request for group in groups for one in group), key=_longest_first))
-        texts = [item if isinstance(item, str) else _text_of(item) for item in items]
-        return [_output(text, group, self.tokenizer) for text, group in zip(texts, groups, strict=True)]
+                with Progress(carried, use_tqdm):
+                    carry(driver, carried, raise_on_error=raise_on_error)
+            except (EngineClosedError, RequestAbortedError):
+                if again or not self._is_open or not driver.engine.closed:
+                    raise
+                return run(again=True)  # another call found the model changed, and closed its engine
+            return carried
+
+        return [one.output() for one in run()]
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Message | Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
         chat_template: str | None = None,
+        chat_template_content_format: str | None = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        raise_on_error: bool = False,
     ) -> list[RequestOutput]:
         """Answer conversations: `generate` over what the chat template makes of them.
 
         Args:
-            messages: one conversation, or a list of them.
+            messages: one conversation, a list of them, or one message. Each message is a mapping as OpenAI has it, or
+                an answer of the openai package; the server prepares them in the same way.
             chat_template: instead of the LLM's and the tokenizer's.
-            add_generation_prompt, continue_final_message, tools, chat_template_kwargs: as for `apply_chat_template`.
+            chat_template_content_format: how the template takes a message's content: "string", "openai" (a list of
+                parts), or "auto": found out.
+            add_generation_prompt, continue_final_message, tools: as for `apply_chat_template`.
+            chat_template_kwargs: further variables of the template.
+            sampling_params, use_tqdm, raise_on_error: as for `generate`.
+            lora_request, tokenization_kwargs, mm_processor_kwargs: vLLM's; only None.
 
         Raises:
             ConfigError: there is no tokenizer or no chat template, or options contradict each other.
+            InvalidRequestError: the template refuses a conversation; the message says which and why.
         """
+        vllm_names.check_call(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
         if self.tokenizer is None:
             raise ConfigError("chat() needs a tokenizer; give LLM(tokenizer=...)")
         if add_generation_prompt and continue_final_message:
             raise ConfigError("continue_final_message=True needs add_generation_prompt=False: the last message goes on")
-        template = chat_template or self.chat_template
-        if template is None and not self.tokenizer.chat_template:
-            raise ConfigError("the tokenizer has no chat template; give chat_template=...")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [
-            self.tokenizer.apply_chat_template(
-                list(conversation),
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                tokenize=False,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
-        ]
-        # The template wrote the special tokens already.
-        encoded = [
-            {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-            for text in prompts
-        ]
-        return self.generate(encoded, sampling_params, use_tqdm=use_tqdm)
+        encoded = []
+        for index, conversation in enumerate(conversations_in(messages)):
+            try:
+                text = render(
+                    self.tokenizer,
+                    conversation,
+                    tools=tools,
+                    chat_template=chat_template or self.chat_template,
+                    content_format=chat_template_content_format or "auto",
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    options=chat_template_kwargs,
+                )
+                check_text(text)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"conversation {index}: {error}") from error
+            # The template wrote the special tokens already.
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            encoded.append({"prompt": text, "prompt_token_ids": ids})
+        return self.generate(encoded, sampling_params, use_tqdm=use_tqdm, raise_on_error=raise_on_error)
 
     @property
     def stats(self) -> CacheStats:
         """How the KV pool is and was used."""
-        if self._patched is None:
-            raise EngineClosedError("this LLM is closed")
-        return self._patched.stats
+        return self._open().stats
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """What programs for vLLM read of the engine, such as `llm_engine.model_config.max_model_len`."""
+        return engine_view(self.model, self.tokenizer, self.engine()[1].engine, self._loaded_with)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, or None."""
@@ -213,23 +263,17 @@ class LLM:
         return default_params(self.model)
 
     def engine(self) -> tuple[Built, Driver]:
-        """The engine underneath and its driver, for who steps it himself, as the server does."""
-        if self._patched is None:
-            raise EngineClosedError("this LLM is closed; build a new one")
-        return self._patched.engine()
+        """The engine underneath and its driver, for callers that step it themselves, as the server does."""
+        return self._open().engine()
 
     def reset_prefix_cache(self) -> None:
-        """Void the prefix cache; a change of the weights does so by itself."""
-        if self._patched is None:
-            raise EngineClosedError("this LLM is closed; build a new one")
-        driver = self._patched.driver()
+        """Void the prefix cache. A change of the weights voids it too."""
+        _, driver = self.engine()
         driver.post(driver.engine.forget)
 
     def warm_up(self) -> None:
         """Make the KV pool and capture every CUDA graph now, so that no answer waits for them."""
-        if self._patched is None:
-            raise EngineClosedError("this LLM is closed; build a new one")
-        driver = self._patched.driver()
+        _, driver = self.engine()
         driver.do(driver.engine.warm_up)
 
     def close(self) -> None:
@@ -248,144 +292,51 @@ class LLM:
 
     # ------------------------------------------------------------------------------------------------------------ parts
 
-    def _params_for(
-        self, items: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        if given is None:
-            given = default_params(self.model)
-        each = [given] * len(items) if isinstance(given, SamplingParams) else list(given)
-        if len(each) != len(items):
-            raise ConfigError(
-                f"sampling_params has {len(each)} entries for {len(items)} prompts; give one, or one for each"
-            )
-        for params in each:
-            if self.tokenizer is None and (params.stop or params.bad_words):
+    @property
+    def _is_open(self) -> bool:
+        return self._patched is not None and not self._patched.removed
+
+    def _open(self) -> PatchedModel:
+        """The patched model underneath.
+
+        Raises:
+            EngineClosedError: this is closed.
+        """
+        if self._patched is None or self._patched.removed:
+            raise EngineClosedError("this LLM is closed; build a new one")
+        return self._patched
+
+    def _carried(
+        self, items: Sequence[Any], params: Sequence[SamplingParams], priorities: Sequence[int]
+    ) -> list[Carried]:
+        """The requests of prompts, checked.
+
+        Raises:
+            InvalidRequestError, ConfigError: as `generate` does.
+        """
+        built, driver = self.engine()
+        eos, texts = end_ids(self.model, self.tokenizer), self._token_texts()
+        banned = functools.cache(lambda words: banned_ids(self.tokenizer, words))
+        carried = []
+        for index, (item, p, priority) in enumerate(zip(items, params, priorities, strict=True)):
+            if self.tokenizer is None and (p.stop or p.bad_words):
                 raise ConfigError("stop strings and bad_words need a tokenizer; give LLM(tokenizer=...)")
-        return each
-
-    def _ids_of(self, item: Prompt) -> list[int]:
-        if isinstance(item, Mapping):
-            if not item.keys() & {"prompt", "prompt_token_ids"}:
-                raise InvalidRequestError(f"a prompt dict needs 'prompt' or 'prompt_token_ids'; it has {sorted(item)}")
-            return self._ids_of(item["prompt_token_ids"] if "prompt_token_ids" in item else item["prompt"])
-        if not isinstance(item, str):
-            return list(item)
-        if self.tokenizer is None:
-            raise ConfigError("a text prompt needs a tokenizer; give LLM(tokenizer=...), or token ids")
-        return self.tokenizer.encode(item)
-
-    def _requests(self, ids: list[int], params: SamplingParams, priority: int) -> list[_Carried]:
-        """The requests of one prompt: `n` of them, which share the prompt's blocks."""
-        number = next(_ids)
-        banned = banned_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
-        carried: list[_Carried] = []
-        for i in range(params.n):
-            own = params.replace(seed=params.seed + i) if params.seed is not None else params
-            request = Request(
-                request_id=f"llm-{number}-{i}",
-                prompt_token_ids=ids,
-                params=own,
-                eos_token_ids=end_ids(self.model, self.tokenizer),
-                priority=priority,
-                banned=banned,
-                parent=carried[0].request if carried else None,
-            )
-            detokenizer = None
-            if self.tokenizer is not None and params.detokenize:
-                detokenizer = Detokenizer(self.tokenizer, ids, params)
-                if params.stop:
-                    request.stop_check = StopStrings(detokenizer, params)
-            carried.append(_Carried(request, detokenizer))
+            try:
+                prompt = read_prompt(item, self.tokenizer)
+                check_ids("prompt", prompt.ids, driver.engine.model.vocab_size)  # before they are decoded
+                one = Carried(prompt, p, eos, texts, priority=priority, banned=banned(p.bad_words))
+                for request in one.requests:
+                    plugins.constrain(built.manager, request, self.tokenizer)
+                driver.engine.check_request(one.requests[0])
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prompt {index}: {error}") from error
+            carried.append(one)
         return carried
 
-
-class _Carried:
-    """A request, and what makes text of it."""
-
-    def __init__(self, request: Request, detokenizer: Detokenizer | None) -> None:
-        self.request = request
-        self._detokenizer = detokenizer
-
-    def text(self) -> str:
-        """The output's text; one whose stop check decoded along has it already."""
-        if self._detokenizer is None:
-            return ""
-        if isinstance(self.request.stop_reason, str):
-            return self._detokenizer.text
-        self._detokenizer.add(self.request.output_token_ids[self._detokenizer.num_added :], last=True)
-        return self._detokenizer.text
-
-
-class _Progress:
-    """The progress bar: requests done, with input and output tokens a second."""
-
-    def __init__(self, groups: Sequence[Sequence[_Carried]], show: bool) -> None:
-        self._bar = tqdm(total=len(groups), desc="Processed prompts", disable=not show, dynamic_ncols=True)
-        self._input = self._output = 0
-        for group in groups if show else ():
-            left = [len(group)]
-            for one in group:
-                one.request.on_token = lambda request, left=left: self._update(request, left)
-
-    def _update(self, request: Request, left: list[int]) -> None:
-        if not request.finished:
-            return
-        self._output += request.num_output
-        left[0] -= 1
-        if left[0] == 0:
-            self._input += len(request.prompt_token_ids)
-            seconds = max(self._bar.format_dict["elapsed"], 1e-9)
-            self._bar.set_postfix_str(
-                f"est. speed input: {self._input / seconds:.2f} toks/s, output: {self._output / seconds:.2f} toks/s"
-            )
-            self._bar.update()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-
-def _output(prompt: str | None, group: Sequence[_Carried], tokenizer: Any) -> RequestOutput:
-    first = group[0].request
-    outputs = [
-        CompletionOutput(
-            index=index,
-            text=one.text(),
-            token_ids=one.request.output_token_ids,
-            cumulative_logprob=one.request.cumulative_logprob,
-            logprobs=_with_text(one.request.logprobs, tokenizer),
-            finish_reason=one.request.finish_reason,
-            stop_reason=one.request.stop_reason,
-        )
-        for index, one in enumerate(group)
-    ]
-    return RequestOutput(
-        request_id=first.request_id,
-        prompt=prompt,
-        prompt_token_ids=first.prompt_token_ids,
-        outputs=outputs,
-        finished=True,
-        prompt_logprobs=_with_text(first.prompt_logprobs, tokenizer),
-        metrics=first.metrics,
-        num_cached_tokens=first.num_cached or 0,
-    )
-
-
-def _with_text(entries: Any, tokenizer: Any) -> Any:
-    """Log-probabilities with the text of each token."""
-    if entries is None or tokenizer is None:
-        return entries
-    return [
-        entry and {i: Logprob(x.logprob, x.rank, tokenizer.decode([i])) for i, x in entry.items()} for entry in entries
-    ]
-
-
-def _longest_first(request: Request) -> float:
-    return -(request.params.max_tokens or math.inf)
+    def _token_texts(self) -> TokenTexts | None:
+        if self.tokenizer is not None and (self._texts is None or self._texts.tokenizer is not self.tokenizer):
+            self._texts = TokenTexts(self.tokenizer)
+        return None if self.tokenizer is None else self._texts
 
 
 def _is_share(value: object) -> bool:
@@ -393,22 +344,25 @@ def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value <= 1.0
 
 
-def _check_nothing_to_load(**options: Any) -> None:
-    """Refuse options for loading beside a model that is there already."""
-    for name, value in options.items():
-        if value:
-            raise ConfigError(f"{name}={value!r} is for loading a model by name; this one is loaded already")
+def _check_loading(
+    model: bool, tokenizer: bool, dtype: Any, trust_remote_code: Any, revision: Any, tokenizer_revision: Any
+) -> None:
+    """Refuse options for loading that nothing would use.
 
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Many prompts, from one or many."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
-        return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _text_of(item: Prompt) -> str | None:
-    return item.get("prompt") if isinstance(item, Mapping) else None
+    Args:
+        model, tokenizer: whether it is loaded by name.
+        dtype, trust_remote_code, revision, tokenizer_revision: as LLM was given them.
+    """
+    nothing = "neither a model nor a tokenizer is loaded by name"
+    instead = "tokenizer_revision goes before it" if tokenizer else nothing
+    for name, value, used, why in (
+        ("dtype", None if dtype == "auto" else dtype, model, "the model is loaded already"),
+        ("trust_remote_code", trust_remote_code, model or tokenizer, nothing),
+        ("revision", revision, model or (tokenizer and not tokenizer_revision), instead),
+        ("tokenizer_revision", tokenizer_revision, tokenizer, "no tokenizer is loaded by name"),
+    ):
+        if value and not used:
+            raise ConfigError(f"{name}={value!r} would have no effect: {why}")
 
 
 def _kv_bytes(model: Any, config: PagedConfig, share: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 import hf_paged
 import zoo
 from hf_paged import LLM, ConfigError, InvalidRequestError, SamplingParams
+from hf_paged import llm as llm_module
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -96,10 +98,126 @@ def test_forms_of_prompts(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
         [{"prompt_token_ids": ids}],
     ):
         assert ids_of(run(llm, prompts, GREEDY)) == expected
+    for prompts in (
+        np.array(ids),
+        torch.tensor(ids),
+        [np.int64(i) for i in ids],
+        list(torch.tensor(ids)),
+        [np.array(ids)],
+        np.array([ids]),
+        torch.tensor([ids]),
+        np.array([TEXTS[0]]),
+        (prompt for prompt in [TEXTS[0]]),
+        {"prompt_token_ids": np.array(ids)},
+        {"prompt": TEXTS[0], "prompt_token_ids": None, "multi_modal_data": None},
+        {"prompt": None, "prompt_token_ids": ids},
+        {"prompt": ids, "cache_salt": None},
+    ):
+        assert ids_of(run(llm, prompts, GREEDY)) == expected
+    (both,) = run(llm, {"prompt": "another", "prompt_token_ids": ids}, GREEDY)
+    assert (both.prompt, both.prompt_token_ids) == ("another", ids)  # as in vLLM
+    assert ids_of(run(llm, np.array([ids, ids]), GREEDY)) == expected * 2
+    assert run(llm, np.array([], int), GREEDY) == []
     mixed = run(llm, [TEXTS[0], tokenizer.encode(TEXTS[1]), {"prompt": TEXTS[2]}], GREEDY)
     assert ids_of(mixed) == ids_of(run(llm, TEXTS[:3], GREEDY))
     assert [output.prompt for output in mixed] == [TEXTS[0], None, TEXTS[2]]
     assert run(llm, [], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"prompt": "ab", "multi_modal_data": {"image": 1}}, "the key 'multi_modal_data' of a prompt dict"),
+        ({"prompt_embeds": torch.zeros(2, 64)}, "the key 'prompt_embeds' of a prompt dict"),
+        ({"prompt": "ab", "cache_salt": ""}, "cache_salt must be a text that isn't empty, or None, got ''"),
+        ({"prompt": "ab", "cache_salt": 5}, "cache_salt must be .*, got 5"),
+        ({"prompt": None}, r"needs 'prompt' or 'prompt_token_ids'; it has \['prompt'\]"),
+        ({"prompt": [5], "prompt_token_ids": [5]}, r"prompt must be a text beside prompt_token_ids, got \[5\]"),
+        ({"prompt_token_ids": "ab"}, "a text or a list of token ids, got 'ab'"),
+        ("a\ud800b", r"the text has half of a surrogate pair, '\\ud800', at character 1"),
+        ({"prompt": "\udfff"}, "half of a surrogate pair"),
+        (np.array([1.5]), "a text or a list of token ids, got array"),
+        (np.zeros((1, 1), int), "a text or a list of token ids, got array"),
+        ({5, 6}, "a text or a list of token ids"),
+        (b"ab", "a text or a list of token ids, got b'ab'"),
+        (None, "a text or a list of token ids, got None"),
+    ],
+)
+def test_prompts_that_are_none(llm: LLM, wrong: Any, why: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"prompt 1: .*{why}"):
+        run(llm, [[5, 6], wrong], GREEDY)
+
+
+@pytest.mark.parametrize("wrong", [5, None, np.array(5), {5, 6}])
+def test_one_prompt_that_is_none(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="prompts are texts, lists of token ids or dicts, one or many, got "):
+        run(llm, wrong, GREEDY)
+
+
+def test_a_cache_salt_keeps_blocks_apart(model: PreTrainedModel) -> None:
+    (ids,) = zoo.prompts(3, (40,))
+    with LLM(model, skip_tokenizer_init=True, block_size=4, num_blocks=100) as llm:
+        found = []
+        for salt in (None, "a", "b", "a", None):
+            (output,) = run(llm, {"prompt_token_ids": ids, "cache_salt": salt}, GREEDY)
+            found.append((output.num_cached_tokens > 0, output.outputs[0].token_ids))
+    assert [cached for cached, _ in found] == [False, False, False, True, True]
+    assert all(tokens == found[0][1] for _, tokens in found)
+
+
+def test_sampling_params_that_are_none(llm: LLM) -> None:
+    default = llm.get_default_sampling_params()
+    assert ids_of(run(llm, [[5, 6], [5, 6]], [GREEDY, None])) == ids_of(run(llm, [[5, 6], [5, 6]], [GREEDY, default]))
+    llm.model.generation_config.temperature, before = 5.0, llm.model.generation_config.temperature
+    assert run(llm, [5, 6], GREEDY)  # defaults that are wrong don't matter where params are given
+    llm.model.generation_config.temperature = before
+    for wrong in ({"temperature": 0}, "x", 5):
+        with pytest.raises(
+            ConfigError, match="sampling_params must be a SamplingParams, a list of them, or None, got "
+        ):
+            run(llm, [5, 6], wrong)
+    with pytest.raises(ConfigError, match=r"sampling_params\[1\] must be a SamplingParams or None, got \{'n': 1\}"):
+        run(llm, [[5], [6]], [GREEDY, {"n": 1}])
+
+
+def test_bad_words_are_tokenised_once_a_call(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, encoded = llm.tokenizer.encode, []
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **k: encoded.append(text) or encode(text, **k))
+    params = [GREEDY.replace(bad_words=[word]) for word in ("x", "y", "x")]
+    outputs = run(llm, [[5, 6]] * 3, params)
+    assert sorted(encoded) == [" x", " y", "x", "y"]
+    assert len(outputs) == 3
+
+
+def test_an_engine_that_another_call_closed_meanwhile(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model changes while prompts are tokenised, or just before they are carried: the next engine carries them."""
+    model, carry, closed = zoo.build("llama"), llm_module.carry, []
+    with LLM(model, tokenizer=tokenizer) as llm:
+        expected = ids_of(run(llm, TEXTS, GREEDY))
+
+        def change() -> None:
+            _, driver = llm.engine()
+            closed.append(driver.engine)
+            model.register_forward_hook(lambda *_: None)
+            llm.engine()
+
+        def encode(text: str, **options: Any) -> list[int]:
+            if not closed:
+                change()
+            return original(text, **options)
+
+        original = tokenizer.encode
+        monkeypatch.setattr(tokenizer, "encode", encode)
+        assert ids_of(run(llm, TEXTS, GREEDY)) == expected
+        monkeypatch.setattr(llm_module, "carry", lambda *a, **k: (len(closed) < 2 and change(), carry(*a, **k)))
+        assert ids_of(run(llm, TEXTS, GREEDY)) == expected
+        assert [engine.closed for engine in closed] == [True, True]
+        monkeypatch.setattr(llm_module, "carry", lambda *a, **k: (change(), carry(*a, **k)))
+        with pytest.raises(hf_paged.EngineClosedError):  # once more, and no more
+            run(llm, TEXTS, GREEDY)
+        assert len(closed) == 4
 
 
 def test_order_of_outputs(llm: LLM) -> None:
@@ -133,8 +251,22 @@ def test_priority(model: PreTrainedModel) -> None:
     with LLM(model, skip_tokenizer_init=True, scheduler="priority", max_num_seqs=1, plugins=(Watch(),)) as llm:
         run(llm, [[10, 3], [11, 3], [12, 3]], GREEDY, priority=[5, 0, 2])
         assert finished == [11, 12, 10]
+        finished.clear()
+        run(llm, [[10, 3], [11, 3], [12, 3]], GREEDY, priority=np.array([5, 2, -1]))
+        run(llm, [[13, 3], [14, 3]], GREEDY, priority=[None, -1])
+        assert finished == [12, 11, 10, 14, 13]
         with pytest.raises(ConfigError, match="priority has 2 entries for 3 prompts"):
             run(llm, [[10], [11], [12]], GREEDY, priority=[1, 2])
+        with pytest.raises(ConfigError, match=r"priority\[1\] must be an integer or None, got 'high'"):
+            run(llm, [[10], [11]], GREEDY, priority=[1, "high"])
+        with pytest.raises(ConfigError, match="priority must be a list of integers, or None, got 1"):
+            run(llm, [[10]], GREEDY, priority=1)
+
+
+def test_a_priority_without_effect_is_refused(llm: LLM) -> None:
+    assert len(run(llm, [[5], [6]], GREEDY, priority=[0, None])) == 2
+    with pytest.raises(ConfigError, match=r"priority\[1\]=3 has no effect under scheduler='fcfs'"):
+        run(llm, [[5], [6]], GREEDY, priority=[0, 3])
 
 
 def test_one_wrong_prompt_among_many(llm: LLM) -> None:
@@ -263,7 +395,11 @@ def test_stop_token_ids(llm: LLM, tokenizer: PreTrainedTokenizerFast) -> None:
         completion = output.outputs[0]
         assert (completion.finish_reason, completion.stop_reason) == ("stop", token)
         assert completion.token_ids == whole.outputs[0].token_ids[: first + 1]
-        assert completion.text == tokenizer.decode(completion.token_ids)
+        assert completion.text == tokenizer.decode(completion.token_ids[:-1])
+        (output,) = run(
+            llm, TEXTS[0], params.replace(stop_token_ids=[token], stop=stop, include_stop_str_in_output=True)
+        )
+        assert output.outputs[0].text == tokenizer.decode(completion.token_ids)
     (output,) = run(llm, TEXTS[0], params.replace(stop_token_ids=[token], min_tokens=first + 3))
     assert token not in output.outputs[0].token_ids[: first + 2]
     assert len(output.outputs[0].token_ids) >= first + 3
@@ -277,8 +413,9 @@ def test_end_of_sequence(llm: LLM) -> None:
     (output,) = run(llm, TEXTS[0], GREEDY.replace(logit_bias=push, ignore_eos=True))
     assert output.outputs[0].token_ids == [zoo.EOS] * 8
     assert output.outputs[0].finish_reason == "length"
-    (output,) = run(llm, TEXTS[0], GREEDY.replace(logit_bias=push, skip_special_tokens=False))
-    assert output.outputs[0].text == "</s>"
+    for keep, text in ((False, ""), (True, "</s>")):
+        params = GREEDY.replace(logit_bias=push, skip_special_tokens=False, include_stop_str_in_output=keep)
+        assert run(llm, TEXTS[0], params)[0].outputs[0].text == text
     (output,) = run(llm, TEXTS[0], GREEDY.replace(logit_bias=push, min_tokens=4))
     assert output.outputs[0].token_ids.index(zoo.EOS) == 4
 
@@ -314,7 +451,8 @@ def test_logprobs(llm: LLM, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         for i, value in entry.items():
             assert value.logprob == pytest.approx(float(row[i]), abs=1e-4)
             assert value.rank == int((row > row[i]).sum()) + 1
-            assert value.decoded_token == tokenizer.decode([i])
+            text = tokenizer.decode([i])
+            assert value.decoded_token == text or (text == "�" and value.decoded_token.startswith("bytes:"))
         total += entry[token].logprob
     assert completion.cumulative_logprob == pytest.approx(total)
     assert output.prompt_logprobs is not None
@@ -502,6 +640,26 @@ def test_progress_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().err
 
 
+def test_a_progress_bar_of_the_callers(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            seen.append(options["total"])
+
+        def update(self, n: int) -> None:
+            seen.append(n)
+
+        def set_postfix_str(self, text: str) -> None:
+            pass
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    seen: list[Any] = []
+    llm.generate(TEXTS[:2], GREEDY, use_tqdm=Bar)
+    assert seen == [2, 1, 1, "closed"]
+    assert not capsys.readouterr().err
+
+
 def test_an_interrupt_leaves_an_llm_that_works(model: PreTrainedModel) -> None:
     prompts = zoo.prompts(1, (9, 5, 7))
     forwards, armed = [0], False
@@ -548,6 +706,35 @@ def test_options_for_loading_beside_a_model(model: PreTrainedModel, option: dict
         LLM(model, skip_tokenizer_init=True, **option)
 
 
+def test_options_that_nothing_uses(tmp_path: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    for option in ({"trust_remote_code": True}, {"revision": "main"}, {"tokenizer_revision": "main"}):
+        with LLM(model, tokenizer=str(tmp_path), **option) as llm:
+            assert run(llm, "a", GREEDY)[0].prompt_token_ids == tokenizer.encode("a")
+        with pytest.raises(ConfigError, match=f"{next(iter(option))}='?(main|True)'? would have no effect"):
+            LLM(model, tokenizer=tokenizer, **option)
+    model.save_pretrained(tmp_path)
+    for given in ({"tokenizer": tokenizer}, {"skip_tokenizer_init": True}):
+        with pytest.raises(ConfigError, match="tokenizer_revision='nope' would have no effect: no tokenizer is loaded"):
+            LLM(str(tmp_path), tokenizer_revision="nope", **given)
+    with pytest.raises(ConfigError, match="revision='a' would have no effect: tokenizer_revision goes before it"):
+        LLM(model, tokenizer=str(tmp_path), revision="a", tokenizer_revision="b")
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, True, [1]])
+def test_a_seed_that_is_no_integer(model: PreTrainedModel, seed: Any) -> None:
+    with pytest.raises(ConfigError, match="seed must be an integer or None, got "):
+        LLM(model, skip_tokenizer_init=True, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [None, -1, 2**70, np.int64(7)])
+def test_any_integer_is_a_seed(model: PreTrainedModel, seed: Any) -> None:
+    with LLM(model, skip_tokenizer_init=True, seed=seed) as llm:
+        (output,) = run(llm, [5, 6], SamplingParams(max_tokens=2, ignore_eos=True))
+        assert output.outputs[0].finish_reason == "length"
+        assert llm.llm_engine.model_config.seed == (seed or 0)
+
+
 def test_by_name(tmp_path: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -557,3 +744,35 @@ def test_by_name(tmp_path: Any, model: PreTrainedModel, tokenizer: PreTrainedTok
         assert output.outputs[0].text
     with pytest.raises(ConfigError, match="tensor_parallel_size=2"):
         LLM(str(tmp_path), tensor_parallel_size=2)
+
+
+NO_IDS = [[2**70], [-1], [2**63], [256], [1, -(2**40)], [1.5], [None], [[1]], torch.tensor([0.5])]
+
+
+def test_prompts_of_ids_that_are_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    with LLM(zoo.build("llama"), tokenizer=tokenizer, block_size=4) as llm:
+        for ids in NO_IDS:
+            message = "prompt 0: (token id|a prompt is a text or a list of token ids)"
+            with pytest.raises(InvalidRequestError, match=message):
+                llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=2), use_tqdm=False)
+        (output,) = llm.generate({"prompt_token_ids": torch.tensor([5, 6])}, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == [5, 6]
+
+
+ANY_NUMBER: list[dict[str, Any]] = [
+    *({"seed": seed} for seed in (2**63, 2**70, -5, -(2**80))),
+    *({"top_k": top_k} for top_k in (2**31, 2**63, 2**70)),
+    *({"stop_token_ids": [token]} for token in (-1, 2**31, 2**70)),
+    {"min_tokens": 2**70, "max_tokens": None},
+    {"top_p": 1e-300},
+    {"temperature": 1.1e-5, "logit_bias": {5: 1e30}, "repetition_penalty": 1e-3},
+    {"n": 3, "seed": 2**63 - 1},
+]
+
+
+def test_numbers_of_any_size(tokenizer: PreTrainedTokenizerFast) -> None:
+    with LLM(zoo.build("llama"), tokenizer=tokenizer, block_size=4, max_model_len=8, scheduler="priority") as llm:
+        for given in ANY_NUMBER:
+            params = SamplingParams(**{"max_tokens": 4, "ignore_eos": True, **given})
+            (output,) = llm.generate([[5, 6]], params, use_tqdm=False, priority=[2**70])
+            assert {one.finish_reason for one in output.outputs} == {"length"}, given
