@@ -26,8 +26,8 @@ machines fit behind the same methods.
 After its own routes, `create_app` calls the hook `register_routes(app, config)` of every plugin once. `config` is the
 ServerConfig; `config.paged` is the engine's PagedConfig. A plugin adds routes with `app.add_api_route` or
 `app.include_router`, and may add start-up and clean-up work to `app.state.lifecycle.on_start` / `.on_stop` (lists of
-callables, sync or async). API keys, request ids, the body limit and error bodies are middlewares around all routes, so
-a plugin's routes have them too: nothing more is needed to be behind the API key.
+callables, sync or async). API keys, request ids, the body limit, the check of JSON bodies (`bodies`) and error bodies
+are middlewares around all routes, so a plugin's routes have them too: nothing more is needed to be behind the API key.
 
 **What a plugin sees of the traffic.** `app.state.stats` (`stats.ServerStats`):
 

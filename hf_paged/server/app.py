@@ -14,14 +14,16 @@ from starlette.exceptions import HTTPException
 
 from hf_paged import plugins
 from hf_paged._version import __version__
+from hf_paged.server.bodies import JSONBodies
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.errors import APIError
 from hf_paged.server.front.engine import EngineClient
 from hf_paged.server.lifecycle import Lifecycle
 from hf_paged.server.logs import RequestLog
-from hf_paged.server.middleware import PROBES, APIKeys, BodyLimit, RequestIds
+from hf_paged.server.middleware import LOCAL_NAMES, PROBES, APIKeys, BodyLimit, Hosts, RequestIds
 from hf_paged.server.routes import ROUTERS
 from hf_paged.server.stats import ServerStats
+from hf_paged.server.validation import from_validation
 
 if TYPE_CHECKING:
     from hf_paged.server.text.model_text import ModelText
@@ -62,9 +64,12 @@ def create_app(
     _tell_the_truth(app, bool(config.api_keys))
     plugins.call(manager or plugins.load(config.paged), "register_routes", app=app, config=config)
     # The last one added is the outermost.
+    app.add_middleware(JSONBodies, stats=stats)
     app.add_middleware(BodyLimit, most=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(APIKeys, keys=config.api_keys)
+    elif config.is_loopback and "*" not in config.allowed_hosts:
+        app.add_middleware(Hosts, names={*LOCAL_NAMES, config.host, *config.allowed_hosts})
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -81,7 +86,7 @@ def _add_error_bodies(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         request.app.state.stats.refused("invalid")
-        return JSONResponse(from_validation(error.errors()).body, 400)
+        return JSONResponse(from_validation(error.errors(), error.body).body, 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -112,20 +117,3 @@ def _tell_the_truth(app: FastAPI, keys: bool) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def from_validation(errors: Any) -> APIError:
-    """The 400 for what pydantic found: the first problem, with the field it lies in."""
-    first = errors[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if first["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if not path and first["type"] == "model_attributes_type":
-        return invalid(
-            "the body is not taken for a JSON object; send one, with the header Content-Type: application/json"
-        )
-    field = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return invalid(f"{field!r} is not a field that this server honours; leave it out", field, "unknown_field")
-    message = first["msg"].removeprefix("Value error, ")
-    return invalid(f"{field}: {message}" if field else message, field or None)

@@ -13,6 +13,7 @@ import httpx
 from rich.console import Console
 
 from hf_paged.errors import ConfigError, HFPagedError
+from hf_paged.server.printable import printable
 
 HELP = "/reset begins anew, /undo takes the last turn back, /system TEXT sets the system prompt, /quit or Ctrl-D ends"
 
@@ -135,14 +136,19 @@ def _turn(console: Console, conversation: Conversation) -> bool:
 def _answer(console: Console, conversation: Conversation, text: str, *, alone: bool = True) -> None:
     try:
         for piece in conversation.say(text):
-            console.out(piece, end="", highlight=False)
+            console.out(_shown(piece) if console.is_terminal else piece, end="", highlight=False)
     except HFPagedError as error:
         if alone:
             raise
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {_shown(str(error))}", style="red", markup=False)
         return
     if alone:
         console.print()
+
+
+def _shown(text: str) -> str:
+    """An answer on a terminal: with escapes for control codes, which could rewrite what is on the screen."""
+    return printable(text, keep="\n\t")
 
 
 def _first_model(client: httpx.Client) -> str:

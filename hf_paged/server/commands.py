@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 from hf_paged.arguments import DTYPES, add_options, at_least_one, paged_options
 from hf_paged.config import PagedConfig
 from hf_paged.errors import ConfigError
 from hf_paged.server.config import LOAD_FORMATS, LOG_LEVELS, LOOPBACK, TOOL_PARSERS, ServerConfig
+from hf_paged.server.keys import KEY_VARIABLE, read_keys
 
-KEY_VARIABLE = "HF_PAGED_API_KEY"
-_EXTRA = "needs the server's packages: pip install 'hf-paged[server]'"
+_EXTRA = "needs the server's packages: pip install '.[server]' in a clone of hf_paged"
 
 
 def add_serve_parser(subparsers: Any) -> None:
@@ -86,6 +85,11 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
         "--api-key", action="append", default=[], metavar="KEY", help=f"may be given several times; or {KEY_VARIABLE}"
     )
     group.add_argument("--api-key-file", metavar="FILE", help="a key a line")
+    group.add_argument("--allow-no-key", action="store_true", help="let other machines in without a key")
+    group.add_argument(
+        "--allowed-hosts", nargs="+", default=[], metavar="NAME",
+        help="names by which clients reach a server without keys, beside localhost; *: any",
+    )  # fmt: skip
     group.add_argument("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help="CORS (default: none)")
     group.add_argument("--log-level", choices=LOG_LEVELS, default="info")
     group.add_argument("--log-format", choices=("text", "json"), default="text")
@@ -101,8 +105,10 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         ("max-queue-tokens", at_least_one, "prompt tokens that may wait; more get 429"),
         ("max-queue-seconds", float, "how long a request may wait for its turn"),
         ("default-timeout", float, "seconds that a call may take, if it names no timeout"),
+        ("max-logprobs", int, "likely tokens that a call may have reported for each token; -1: the whole vocabulary"),
         ("max-body-bytes", at_least_one, "of a request's body"),
         ("drain-timeout", float, "seconds that running requests have after SIGTERM"),
+        ("startup-timeout", float, "seconds that an engine has to become ready"),
         ("watchdog", float, "seconds without a step after which the engine counts as hung"),
     ):
         default = defaults[name.replace("-", "_")]
@@ -127,29 +133,11 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         **{name: getattr(args, name) for name in same},
         paged=PagedConfig().replace(**options),
         served_model_names=tuple(args.served_model_name),
-        api_keys=_api_keys(args),
+        api_keys=read_keys(args.api_key, args.api_key_file, os.environ),
         cors_origins=tuple(args.allowed_origins),
         log_requests=not args.disable_log_requests,
         spare_engine=not args.no_spare_engine,
     )
-
-
-def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    keys = list(args.api_key)
-    if args.api_key_file:
-        try:
-            lines = Path(args.api_key_file).read_text().splitlines()
-        except OSError as error:
-            raise ConfigError(f"--api-key-file {args.api_key_file!r} can't be read: {error.strerror}") from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigError(
-                f"--api-key-file {args.api_key_file!r} holds no key; a server without keys is open to all"
-            )
-        keys += found
-    if not keys and os.environ.get(KEY_VARIABLE):
-        keys = [key for key in os.environ[KEY_VARIABLE].split(",") if key]
-    return tuple(keys)
 
 
 def run_chat(args: argparse.Namespace) -> int:

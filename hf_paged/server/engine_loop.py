@@ -36,6 +36,7 @@ from hf_paged.types import Logprob, Request, StepStats
 logger = logging.getLogger("hf_paged.server.worker")
 
 REPORT_BUSY, REPORT_IDLE = 0.2, 1.0  # seconds between two statistics
+CONSTRAINTS = 32  # made at a time: one that takes seconds doesn't hold up those of others
 EXIT_DEVICE_LOST = 70  # the exit status when the device can't be used any more
 _DEVICE_LOST = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS", "unspecified launch failure")
 
@@ -89,7 +90,7 @@ class EngineLoop:
         self._carried: dict[str, _Carried] = {}
         self._dirty: dict[str, _Carried] = {}
         self._refused: list[Delta] = []
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="constraints")
+        self._threads = ThreadPoolExecutor(CONSTRAINTS, thread_name_prefix="constraints")
         self._constrained: queue.SimpleQueue[tuple[Request, Exception | None]] = queue.SimpleQueue()
         self._constraining = 0
         self._watched_until = 0.0
@@ -159,7 +160,8 @@ class EngineLoop:
 
     def _make_constraint(self, request: Request) -> None:
         try:
-            self._constrain(request)
+            if request.request_id in self._carried:  # else its client has left
+                self._constrain(request)
         except Exception as error:
             self._constrained.put((request, error))
         else:

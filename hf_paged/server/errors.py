@@ -18,6 +18,10 @@ KINDS = {
 }
 
 
+LONGEST = 1000  # characters of a message
+LONGEST_PARAM = 256
+
+
 class APIError(Exception):
     """Ends a call with an error body.
 
@@ -44,9 +48,13 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error body."""
+        """OpenAI's error body. Of a long message the middle is left out, which is the value, and of a param the end."""
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[3 - LONGEST // 2 :]}"
+        param = None if self.param is None else self.param[:LONGEST_PARAM]
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -57,3 +65,16 @@ class APIError(Exception):
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """A 400 for what a client got wrong."""
     return APIError(400, message, param=param, code=code)
+
+
+def ended(finish: str | None, timeout: str | None) -> APIError | None:
+    """The error for a sequence that was ended from outside, or None. `timeout`: the field with its deadline, if any."""
+    if finish == "deadline":
+        message = "the deadline of this request is over; give a longer timeout"
+        return APIError(408, message, param=timeout, code="deadline_exceeded")
+    if finish == "queue_timeout":
+        message = "the request waited too long for its turn; try again later"
+        return APIError(429, message, code="queue_timeout", retry_after=2)
+    if finish == "abort":
+        return APIError(503, "the request was aborted: the server is shutting down", code="aborted", retry_after=5)
+    return None

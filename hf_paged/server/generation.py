@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from hf_paged.params import SamplingParams
+from hf_paged.server import heavy
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.errors import APIError, ended, invalid
 from hf_paged.server.front.engine import EngineClient, Submission
 from hf_paged.server.messages import Delta, Ready
 from hf_paged.server.protocol.common import PromptTokensDetails, Shared, Usage
+from hf_paged.server.sampling import Shape, refusal
 from hf_paged.server.stats import RequestRecord
-from hf_paged.server.text.model_text import ModelText, too_long
+from hf_paged.server.text.model_text import MOST_TOKENS, ModelText, too_long
 from hf_paged.server.text.stream import Piece, TextStream
 
+T = TypeVar("T")
 _numbers = itertools.count()
+MOST_ALLOWED = 2**22  # allowed_token_ids of a call, once for each sequence
+FEW = 32  # sequences of a call that are made in the event loop
 
 
 class Choice:
@@ -76,18 +81,16 @@ class Call:
         self._endpoint = request.url.path
         self._trace = request.headers.get("traceparent")
         self._arrival = time.monotonic()
+        self._cache_key = _cache_key(request, body.cache_salt)
+        self._shape: Shape | None = None
         self._cached = 0
         self._refused = False
         self._open = True
         self._lifecycle.in_flight += 1
 
     def _check(self) -> Ready:
-        try:
-            self._lifecycle.check()
-            self.engine.check_room(1)  # before any of its text is looked at
-        except APIError as error:
-            self._stats.refused(error.code or "refused")
-            raise
+        self._refusing(self._lifecycle.check)
+        self._refusing(self.engine.check_room, 1)  # before any of its text is looked at
         if self.body.model is not None and self.body.model not in self.config.names:
             raise APIError(
                 404,
@@ -99,8 +102,25 @@ class Call:
             raise invalid(
                 f"priority={self.body.priority} needs the scheduler 'priority'; start the server with it", "priority"
             )
+        self._check_logprobs()
         assert self.engine.info is not None  # else there would be no room
         return self.engine.info
+
+    def _check_logprobs(self) -> None:
+        """What a token reports is bounded: -1 asks for the whole vocabulary, for each token of the prompt."""
+        most = self.config.max_logprobs
+        for name in ("prompt_logprobs", "top_logprobs", "logprobs"):
+            asked = getattr(self.body, name, None)
+            if most >= 0 and isinstance(asked, int) and not 0 <= asked <= most:
+                raise invalid(f"{name}={asked} is outside 0 to {most}, the server's --max-logprobs", name)
+
+    def _refusing(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function; a refusal is counted."""
+        try:
+            return function(*arguments)
+        except APIError as error:
+            self._stats.refused(error.code or "refused")
+            raise
 
     # ---------------------------------------------------------------------------------------------------------- prompts
 
@@ -116,7 +136,8 @@ class Call:
             APIError: 400, it is too long.
         """
         cut = self.body.truncate_prompt_tokens is not None
-        ids = await self.model_text.encode(text, special=special, most=None if cut else self.most, param=param)
+        most = max(self.most, MOST_TOKENS) if cut else self.most
+        ids = await self.model_text.encode(text, special=special, most=most, param=param, context=not cut)
         return self.cut(ids)
 
     def cut(self, ids: list[int]) -> list[int]:
@@ -129,40 +150,72 @@ class Call:
             raise invalid("truncate_prompt_tokens=0 leaves nothing of the prompt", "truncate_prompt_tokens")
         return ids[-keep:]
 
-    def room(self, prompt: Sequence[int], wanted: int | None, param: str) -> int:
+    def room(self, prompt: Sequence[int], param: str, **wanted: int | None) -> int:
         """How many tokens the output may have: what is wanted, or as many as fit.
+
+        Args:
+            param: the field that the prompt is from.
+            wanted: the fields that say how long the output may be; the first that is given counts.
 
         Raises:
             APIError: 400, the prompt is empty, or it doesn't fit with the output.
         """
         if not prompt:
             raise invalid("the prompt is empty; give at least one token", param)
-        if len(prompt) + (wanted or 1) > self.most:
-            raise too_long(len(prompt), self.most, param, wanted or 1)
-        return wanted or self.most - len(prompt)
+        name, most = next(((name, count) for name, count in wanted.items() if count), ("", None))
+        if len(prompt) + (most or 1) > self.most:
+            alone = most is not None and most >= self.most  # no prompt would fit with it
+            raise too_long(len(prompt), self.most, param, most or 1, fault=name if alone else param)
+        return most or self.most - len(prompt)
 
     # ------------------------------------------------------------------------------------------------------- generation
 
-    async def start(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> None:
-        """Hand the call's sequences to the engine: for each prompt `n` of them.
+    def check_room(self, sequences: int) -> None:
+        """Refuse a call of more sequences than are taken, before anything is made for each of them.
 
         Raises:
-            APIError: 429, the queue is full.
+            APIError: 429, the queue is full; 400, more sequences than the server ever takes.
         """
+        self._refusing(self.engine.check_room, sequences)
+        allowed = len(self.body.allowed_token_ids or ())
+        if sequences * allowed > MOST_ALLOWED:
+            message = (
+                f"{allowed} allowed_token_ids for each of {sequences} sequences are more than {MOST_ALLOWED} in all"
+            )
+            raise invalid(message, "allowed_token_ids")
+
+    @property
+    def has_long_lists(self) -> bool:
+        """Whether its sampling parameters take long to check."""
+        lists = (self.body.allowed_token_ids, getattr(self.body, "logit_bias", None))
+        return any(len(one) > heavy.MANY for one in lists if one)
+
+    async def start(self, prompts: Sequence[tuple[list[int], SamplingParams]], shape: Shape | None = None) -> None:
+        """Hand the call's sequences to the engine: for each prompt `n` of them. `shape`: what they have to be like.
+
+        Raises:
+            APIError: 429, the queue is full; 400, more sequences than the server ever takes.
+        """
+        self._shape = shape
+        count = sum(params.n for _, params in prompts)
+        self.check_room(count)
         words = prompts[0][1].bad_words
         banned = await self.model_text.banned(words) if words else ()
         ends = self.model_text.eos.union(self.ready.eos)
+        # Whatever can fail comes before the engine has them: `close` aborts the choices, and no others.
+        large = count > FEW or self.has_long_lists
+        flat, texts = await heavy.run_if(large, self._made, prompts, ends, banned)
+        streams = self._refusing(self.engine.submit, flat)
+        for index, (submission, stream, text) in enumerate(zip(flat, streams, texts, strict=True)):
+            submission.record.index = index
+            self.choices.append(Choice(index, submission, stream, text))
+
+    def _made(
+        self, prompts: Sequence[tuple[list[int], SamplingParams]], ends: frozenset[int], banned: Any
+    ) -> tuple[list[Submission], list[TextStream]]:
         groups = [self._group(ids, params, ends, banned) for ids, params in prompts]
         flat = [submission for group in groups for submission in group]
-        try:
-            streams = self.engine.submit(flat)
-        except APIError as error:
-            self._stats.refused(error.code or "refused")
-            raise
-        for index, (submission, stream) in enumerate(zip(flat, streams, strict=True)):
-            submission.record.index = index
-            text = TextStream(self.model_text.tokenizer, submission.prompt, submission.params, ends)
-            self.choices.append(Choice(index, submission, stream, text))
+        return flat, [TextStream(self.model_text.tokens, one.prompt, one.params, ends) for one in flat]
 
     def _group(self, ids: list[int], params: SamplingParams, ends: frozenset[int], banned: Any) -> list[Submission]:
         group: list[Submission] = []
@@ -191,7 +244,7 @@ class Call:
                     eos=ends,
                     banned=banned,
                     priority=self.body.priority,
-                    cache_key=self.body.cache_salt,
+                    cache_key=self._cache_key,
                     parent=group[0] if group else None,
                     deadline=self._arrival + timeout if timeout else None,
                     queue_deadline=self._arrival + waiting if waiting else None,
@@ -235,7 +288,7 @@ class Call:
     async def _pieces_of(self, choice: Choice) -> AsyncIterator[Piece]:
         async for delta in choice.stream:
             self._note_refusal(delta)
-            _check(delta)
+            self._check_end(delta)
             piece = choice.text.add(delta)
             if choice.submission.parent is None:  # the others share what the first one computes
                 self._cached += piece.cached or 0
@@ -244,6 +297,18 @@ class Call:
             yield piece
             if piece.finish_reason is not None:
                 return
+
+    def _check_end(self, delta: Delta) -> None:
+        """Raise what ended a sequence, unless it ended well."""
+        if error := ended(delta.finish, "timeout" if self.body.timeout else None):
+            raise error
+        if delta.finish in ("error", "refused"):
+            message = delta.error or "the request failed"
+            if delta.error_kind == "invalid":
+                raise refusal(message, self.body, self._shape)
+            if delta.error_kind == "rejected":
+                raise APIError(429, message, code="rejected", retry_after=delta.retry_after)
+            raise APIError(500, message, code="engine_error")
 
     def _note_refusal(self, delta: Delta) -> None:
         """Count a call of which the engine refuses a sequence, once."""
@@ -274,20 +339,8 @@ class Call:
             self.engine.abort(choice.submission, "refused" if self._refused and not ran else "abort")
 
 
-def _check(delta: Delta) -> None:
-    """Raise what ended a sequence, unless it ended well."""
-    if delta.finish == "deadline":
-        raise APIError(408, "the deadline of this request is over; give a longer timeout", code="deadline_exceeded")
-    if delta.finish == "queue_timeout":
-        raise APIError(
-            429, "the request waited too long for its turn; try again later", code="queue_timeout", retry_after=2
-        )
-    if delta.finish == "abort":
-        raise APIError(503, "the request was aborted: the server is shutting down", code="aborted", retry_after=5)
-    if delta.finish in ("error", "refused"):
-        message = delta.error or "the request failed"
-        if delta.error_kind == "invalid":
-            raise invalid(message)
-        if delta.error_kind == "rejected":
-            raise APIError(429, message, code="rejected", retry_after=delta.retry_after)
-        raise APIError(500, message, code="engine_error")
+def _cache_key(request: Request, salt: str | None) -> str | None:
+    """Which requests share blocks: those of one API key, where there are several, and of one salt."""
+    if len(request.app.state.config.api_keys) < 2:
+        return salt
+    return f"{request.state.api_key}:{salt or ''}"

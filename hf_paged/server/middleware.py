@@ -19,6 +19,7 @@ from hf_paged.server.errors import APIError
 
 logger = logging.getLogger("hf_paged.server.access")
 
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 PROBES = frozenset({"/health", "/ready"})  # what an orchestrator asks, without a key
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -66,13 +67,54 @@ class RequestIds:
                 raise
             await send_error(APIError(500, f"internal error; the logs have it under request id {request_id}"), tell)
         finally:
-            if self._log and scope["path"] not in PROBES:
+            if self._log and not is_probe(scope):
                 fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-                logger.info("request", extra=fields | {"seconds": round(time.monotonic() - began, 4)})
+                who = {"client": (scope.get("client") or [None])[0], "api_key": scope["state"].get("api_key")}
+                logger.info("request", extra=fields | {"seconds": round(time.monotonic() - began, 4)} | who)
+
+
+class Hosts:
+    """Refuses calls under a name that isn't the server's, but for the probes.
+
+    A page of another site can have its own name point to this machine (DNS rebinding), and then read what a server
+    without keys answers: the browser takes both for one site. The Host header still says that name.
+
+    Args:
+        names: the server's, without ports.
+    """
+
+    def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
+        self._app = app
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        host = Headers(scope=scope).get("host") if scope["type"] in ("http", "websocket") else None
+        if host is None or is_probe(scope) or _name_of(host) in self._names:
+            return await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        message = (
+            f"the host {host[:100]!r} is none of this server's names; start it with --allowed-hosts, or with a key"
+        )
+        await send_error(APIError(403, message, code="host_not_allowed"), send)
+
+
+def is_probe(scope: Scope) -> bool:
+    """Whether a call is an orchestrator's probe, below the root path too."""
+    return scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without port and without the brackets of IPv6."""
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:]*)(?::\d+)?", host.lower())
+    return found[1].strip("[]") if found else ""
 
 
 class APIKeys:
     """Asks for one of the keys, as `Authorization: Bearer KEY`, on every route but the probes.
+
+    Routes find the number of the key, from 1 and as text, in `request.state.api_key`; the logs have it too.
 
     A browser can't send that for a page that somebody opens; so a page is asked for by Basic authentication, which
     browsers have a window for: any user name, and the key as the password.
@@ -86,7 +128,7 @@ class APIKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES or self._knows(scope):
+        if scope["type"] not in ("http", "websocket") or is_probe(scope) or self._knows(scope):
             return await self._app(scope, receive, send)
         error = APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         if scope["type"] == "websocket":
@@ -103,7 +145,10 @@ class APIKeys:
             scheme, key = "bearer", _password(key)
         given = hashlib.sha256(key.strip().encode()).digest()
         found = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(found) and scheme.lower() == "bearer"
+        if not any(found) or scheme.lower() != "bearer":
+            return False
+        scope.setdefault("state", {})["api_key"] = str(found.index(True) + 1)
+        return True
 
 
 def _password(credentials: str) -> str:
@@ -126,7 +171,7 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._most:
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._most):
             return await send_error(self._error(), send)
         taken, refused = 0, False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from typing import Any
 
 from hf_paged.errors import ConfigError
 from hf_paged.params import SamplingParams
-from hf_paged.server.errors import APIError, invalid
+from hf_paged.params import StructuredOutputs as Constraint
+from hf_paged.server.errors import LONGEST, APIError, invalid
 from hf_paged.server.messages import Ready
 from hf_paged.server.protocol.common import ResponseFormat, Sampled, Shared, StructuredOutputs
 
@@ -20,6 +22,20 @@ _SAME = (
     *("spaces_between_special_tokens", "allowed_token_ids", "bad_words", "seed"),
 )
 _OPTIONAL = ("presence_penalty", "frequency_penalty", "stop", "prompt_logprobs")
+_SHAPES = {"structured_outputs", *Constraint.__dataclass_fields__}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What an output has to be like.
+
+    Attributes:
+        param: the field of the call that asks for it.
+        constraint: the field of StructuredOutputs that it is, and its value.
+    """
+
+    param: str
+    constraint: Mapping[str, Any]
 
 
 def sampling_params(
@@ -28,7 +44,7 @@ def sampling_params(
     *,
     max_tokens: int,
     logprobs: int | None = None,
-    structured: Mapping[str, Any] | None = None,
+    shape: Shape | None = None,
 ) -> SamplingParams:
     """The parameters of a call, over the defaults of the model's generation config.
 
@@ -43,17 +59,33 @@ def sampling_params(
     if isinstance(body, Sampled):
         given |= {name: getattr(body, name) for name in _OPTIONAL if getattr(body, name) is not None}
         given |= {"n": body.n or 1, "logit_bias": _bias(body)}
-    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": structured}
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    given |= {"structured_outputs": shape and shape.constraint}
     try:
         params = SamplingParams(**given)
     except ConfigError as error:
-        raise invalid(str(error), _named_in(str(error))) from error
+        raise refusal(str(error), body, shape) from error
     if params.seed is None and not params.greedy:
         params = params.replace(seed=secrets.randbits(48))
     return params
 
 
-def constraint(form: ResponseFormat | None, given: StructuredOutputs | None, ready: Ready) -> Mapping[str, Any] | None:
+def refusal(message: str, body: Shared, shape: Shape | None) -> APIError:
+    """The 400 for what SamplingParams or the engine refuses, under the name of the field that the client gave."""
+    words = re.findall(r"[a-z_]+", message[:LONGEST])
+    fields = SamplingParams.__dataclass_fields__
+    named = (
+        word for word in words if (word in fields and word in body.model_fields_set) or (shape and word in _SHAPES)
+    )
+    param = next(named, words[0] if words and words[0] in fields else None)
+    if shape is None:
+        return invalid(message, param)
+    if shape.param != "structured_outputs":
+        message = re.sub(r"structured_outputs(\.\w+)?", shape.param, message, count=1)
+    return invalid(message, shape.param if param in _SHAPES else param)
+
+
+def shape_of(form: ResponseFormat | None, given: StructuredOutputs | None, ready: Ready) -> Shape | None:
     """What `response_format` or `structured_outputs` asks for, or None.
 
     Raises:
@@ -72,9 +104,12 @@ def constraint(form: ResponseFormat | None, given: StructuredOutputs | None, rea
                 "response_format and structured_outputs both shape the answer; give one", "structured_outputs"
             )
         found = given.constraint()
-    if found is not None and not ready.structured:
-        raise needs_structured("response_format" if given is None else "structured_outputs")
-    return found
+    if found is None:
+        return None
+    param = "response_format" if given is None else "structured_outputs"
+    if not ready.structured:
+        raise needs_structured(param)
+    return Shape(param, found)
 
 
 def needs_structured(param: str) -> APIError:
@@ -89,9 +124,3 @@ def _bias(body: Sampled) -> dict[int, float] | None:
     if wrong:
         raise invalid(f"logit_bias has the key {wrong[0]!r}; keys are token ids", "logit_bias")
     return {int(token): float(bias) for token, bias in body.logit_bias.items()}
-
-
-def _named_in(message: str) -> str | None:
-    """The field that a ConfigError's message begins with."""
-    word = re.match(r"[a-z_]+", message)
-    return word[0] if word and word[0] in SamplingParams.__dataclass_fields__ else None

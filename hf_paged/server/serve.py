@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 
@@ -33,6 +34,7 @@ POLL = 0.02
 def serve(config: ServerConfig) -> int:
     """Serve until a signal ends it; the exit status."""
     logs.configure(config.log_level, config.log_format)
+    _check_tls(config)
     loop = _new_loop()
     asyncio.set_event_loop(loop)
     try:
@@ -118,6 +120,11 @@ class _Server(uvicorn.Server):
             self._failure = ConfigError(error.message)
             self.should_exit = True
             return
+        except Exception as error:
+            logger.exception("the server can't tell whether its engines are ready")
+            self._failure = HFPagedError(f"{type(error).__name__}: {error}")
+            self.should_exit = True
+            return
         gc.collect()
         gc.freeze()  # what is here now stays; the collector need not walk it while streams wait
         if life.phase is Phase.STARTING:
@@ -128,15 +135,17 @@ class _Server(uvicorn.Server):
         """After a signal: let what runs come to its end, as long as it may."""
         while life.phase is not Phase.DRAINING:
             await asyncio.sleep(POLL)
-        until = time.monotonic() + self.options.drain_timeout
-        logger.info("draining: %d calls in flight, at most %g s", life.in_flight, self.options.drain_timeout)
-        while life.in_flight and time.monotonic() < until and not self.should_exit:
-            await asyncio.sleep(POLL)
-        if life.in_flight:
-            logger.warning("%d calls are aborted", life.in_flight)
-            life.phase = Phase.STOPPED
-            await self._abort_all()
-        self.should_exit = True
+        try:
+            until = time.monotonic() + self.options.drain_timeout
+            logger.info("draining: %d calls in flight, at most %g s", life.in_flight, self.options.drain_timeout)
+            while life.in_flight and time.monotonic() < until and not self.should_exit:
+                await asyncio.sleep(POLL)
+            if life.in_flight:
+                logger.warning("%d calls are aborted", life.in_flight)
+                life.phase = Phase.STOPPED
+                await self._abort_all()
+        finally:
+            self.should_exit = True
 
     async def _abort_all(self) -> None:
         """End what still runs with an error body rather than a broken connection."""
@@ -159,6 +168,25 @@ def _uvicorn_config(app: FastAPI, options: ServerConfig) -> uvicorn.Config:
         server_header=False,
         backlog=4096,
     )
+
+
+def _check_tls(options: ServerConfig) -> None:
+    """See that certificate and key can be used, before anything is loaded.
+
+    Raises:
+        ConfigError: they can't; the message says why.
+    """
+    if options.ssl_certfile is None or options.ssl_keyfile is None:
+        return
+
+    def no_password() -> str:
+        raise ConfigError(f"the TLS key {options.ssl_keyfile!r} has a password; give one without")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile, no_password)
+    except OSError as error:  # ssl.SSLError is one
+        files = f"{options.ssl_certfile!r} and {options.ssl_keyfile!r}"
+        raise ConfigError(f"TLS can't use {files}: {error.strerror or error}") from error
 
 
 def _bind(options: ServerConfig) -> socket.socket:

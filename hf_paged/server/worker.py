@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import logging
@@ -11,7 +12,7 @@ import pickle
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -30,10 +31,14 @@ from hf_paged.params import SamplingParams
 from hf_paged.server import logs
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.engine_loop import EngineLoop, StepLog
+from hf_paged.server.front.sockets import missing
 from hf_paged.server.messages import Failed, Ready, encode
 from hf_paged.types import Request
 
 logger = logging.getLogger("hf_paged.server.worker")
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+LINGER = 1000  # milliseconds that the last messages have to reach the front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +77,13 @@ def main() -> None:
         orders: Orders = pickle.load(sys.stdin.buffer)
     except EOFError:  # a spare that nobody needed
         return
+    _end_with_parent()
     threading.Thread(target=_die_with_front, daemon=True).start()
     logs.configure(orders.config.log_level, orders.config.log_format)
     disable_progress_bar()  # its line is none of a log's
+    if missing(orders.inbox) or missing(orders.outbox):
+        logger.error("the sockets of the front are gone: something has removed its temporary folder")
+        os._exit(1)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, address in ((inbox, orders.inbox), (outbox, orders.outbox)):
@@ -86,13 +95,22 @@ def main() -> None:
     except Exception as error:
         logger.exception("the engine can't be built")
         outbox.send(encode(Failed(f"{type(error).__name__}: {error}", usage=isinstance(error, HFPagedError))))
-        outbox.close(linger=5000)
-        context.term()
-        raise SystemExit(1) from error
+        _exit(context, 1)
     outbox.send(encode(ready))
     loop.run()
-    outbox.close(linger=1000)
-    os._exit(0)  # nothing is left to do, and destructors of GPU libraries may take seconds
+    _exit(context, 0)
+
+
+def _exit(context: zmq.Context[zmq.Socket[bytes]], status: int) -> NoReturn:
+    """End the process once its last messages are sent, at once: destructors of GPU libraries may take seconds."""
+    context.destroy(linger=LINGER)
+    os._exit(status)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends, even while this one is stopped or in native code."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _die_with_front() -> None:

@@ -28,5 +28,5 @@ def register_routes(app: Any, config: Any) -> None:
 def _missing() -> None:
     from fastapi import HTTPException
 
-    message = "metrics need prometheus-client, which isn't installed: pip install 'hf-paged[server]'"
+    message = "metrics need prometheus-client, which isn't installed: pip install '.[server]' in a clone of hf_paged"
     raise HTTPException(501, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -24,10 +25,18 @@ def add_metrics(app: Any, config: Any) -> None:
 
     def metrics(request: Request) -> Response:
         """Metrics in Prometheus' text format, or OpenMetrics where it is asked for."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder(request.headers.get("accept", ""))
         return Response(encode(_collected(registry)), headers={"Content-Type": content_type})
 
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, tags=["operations"])
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The encoder that an Accept header asks for; the plain text format's, where the header can't be read."""
+    try:
+        return choose_encoder(accept)
+    except Exception:  # whatever prometheus_client raises for versions and weights that are no numbers
+        return choose_encoder("")
 
 
 def _collected(own: CollectorRegistry) -> CollectorRegistry:

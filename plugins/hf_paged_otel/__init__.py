@@ -3,7 +3,7 @@
 Off unless the environment variable HF_PAGED_TRACES is set: `otlp` sends spans as OpenTelemetry's own variables say
 (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, …), `console` prints them on stderr.
 
-OpenTelemetry is an optional library: `pip install 'hf-paged[otel]'`.
+OpenTelemetry is an optional library: `pip install '.[otel]'` in a clone of hf_paged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register_routes(app: Any, config: Any) -> None:
     if kind not in KINDS:
         raise ConfigError(f"{VARIABLE} must be one of {', '.join(KINDS)}, got {kind!r}")
     if not _installed():
-        raise ConfigError(f"{VARIABLE}={kind} needs OpenTelemetry, which isn't installed: pip install 'hf-paged[otel]'")
+        raise ConfigError(f"{VARIABLE}={kind} needs OpenTelemetry: pip install '.[otel]' in a clone of hf_paged")
     from hf_paged_otel.export import provider
     from hf_paged_otel.spans import Listener
 

@@ -4,7 +4,7 @@ A JSON schema, a regular expression, a choice or a grammar becomes a matcher, wh
 may follow. A logits processor drops all others, end of sequence included until the output is complete. Masks are
 computed in a thread of their own from the moment a token is known, while the next forward runs.
 
-llguidance is an optional library: `pip install 'hf-paged[structured]'`.
+llguidance is an optional library: `pip install '.[structured]'` in a clone of hf_paged.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def register_logits_processors(register: Callable[[LogitsProcessor], None], conf
 def constrain_request(request: Request, tokenizer: Any) -> Constraint | None:
     """A matcher for the request, compiled or taken from those compiled before."""
     if not _installed():
-        raise ConfigError(
-            "structured_outputs needs llguidance, which isn't installed: pip install 'hf-paged[structured]'"
-        )
+        raise ConfigError("structured_outputs needs llguidance: pip install '.[structured]' in a clone of hf_paged")
     from hf_paged_structured.compile import constraint_for
 
     return constraint_for(request, tokenizer)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from copy import copy
 from typing import Any
 
@@ -14,8 +18,11 @@ from hf_paged import ConfigError, InvalidRequestError, StructuredOutputs
 from hf_paged.types import Request
 from hf_paged_structured.constraint import GrammarConstraint
 from hf_paged_structured.grammar import LIMITS, grammar_of, kind_of, refused
+from hf_paged_structured.trial import Trials
 
 _MOST_GRAMMARS = 256  # kept for each tokenizer; a compiled grammar takes from some KB to a few MB
+_LONGEST = 2**20  # characters
+_HARMLESS = 1000  # characters in which no grammar overflows a stack
 
 
 def constraint_for(request: Request, tokenizer: Any) -> GrammarConstraint:
@@ -54,39 +61,65 @@ class _Compiler:
         self.vocabulary = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._definition = backend.to_str()
         self._lock = threading.Lock()
-        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
-        self._matchers: OrderedDict[tuple[str, tuple[int, ...]], LLMatcher] = OrderedDict()
+        self._known: dict[tuple[int, ...], tuple[LLTokenizer, Trials]] = {}
+        # What came of each grammar: a matcher at its start, or what is wrong with it.
+        self._found: OrderedDict[bytes, Future[LLMatcher | str]] = OrderedDict()
 
     def matcher(self, kind: str, grammar: str, ends: tuple[int, ...]) -> LLMatcher:
-        """A matcher of its own, at the start of the grammar."""
-        key = (grammar, ends)
-        with self._lock:
-            found = self._matchers.get(key)
-            if found is not None:
-                self._matchers.move_to_end(key)
-                return found.deep_copy()
-            tokenizer = self._tokenizer(ends)
-        made = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
-        if made.is_error():
-            raise refused(kind, made.get_error())
-        with self._lock:
-            self._matchers[key] = made
-            while len(self._matchers) > _MOST_GRAMMARS:
-                self._matchers.popitem(last=False)
-        return made.deep_copy()
+        """A matcher of its own, at the start of the grammar.
 
-    def _tokenizer(self, ends: tuple[int, ...]) -> LLTokenizer:
+        Raises:
+            InvalidRequestError: the grammar can't be compiled. It isn't tried again for other requests.
+        """
+        with self._lock:
+            tokenizer, trials = self._for(ends)
+        key = hashlib.sha256(f"{ends}{grammar}".encode()).digest()
+        found = self._once(key, lambda: _compiled(grammar, tokenizer, trials))
+        if isinstance(found, str):
+            raise refused(kind, found)
+        return found.deep_copy()
+
+    def _once(self, key: bytes, work: Callable[[], LLMatcher | str]) -> LLMatcher | str:
+        """The result of `work` for a key, done by the first that asks; others wait for it."""
+        with self._lock:
+            known = self._found.get(key)
+            future = self._found[key] = known or Future()
+            self._found.move_to_end(key)
+            if len(self._found) > _MOST_GRAMMARS:
+                self._found.popitem(last=False)
+        if known is None:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # of this try, and no property of the grammar
+                with self._lock:
+                    self._found.pop(key, None)
+                future.set_exception(error)
+        return future.result()
+
+    def _for(self, ends: tuple[int, ...]) -> tuple[LLTokenizer, Trials]:
         known = [token for token in ends if 0 <= token < self.vocabulary]  # configs name ids that tokenizers don't have
         if not known:
             raise InvalidRequestError(
                 f"structured_outputs needs an end-of-sequence id that the tokenizer knows; the request has {list(ends)}"
             )
-        if ends not in self._tokenizers:
+        if ends not in self._known:
             try:
-                self._tokenizers[ends] = LLTokenizer(self._definition, eos_token=known)
+                tokenizer = LLTokenizer(self._definition, eos_token=known)
             except ValueError as error:
                 raise ConfigError(f"structured_outputs can't be kept to with this tokenizer: {error}") from error
-        return self._tokenizers[ends]
+            self._known[ends] = tokenizer, Trials(self._definition, known)
+        return self._known[ends]
+
+
+def _compiled(grammar: str, tokenizer: LLTokenizer, trials: Trials) -> LLMatcher | str:
+    """A matcher at the grammar's start, or what is wrong with it; a long one is tried in another process first."""
+    if len(grammar) > _LONGEST:
+        return f"it has {len(grammar)} characters, and {_LONGEST} are allowed"
+    problem = trials.problem_of(grammar) if len(grammar) > _HARMLESS and os.name == "posix" else None
+    if problem is not None:
+        return problem
+    made = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+    return made.get_error() if made.is_error() else made
 
 
 _compilers: weakref.WeakKeyDictionary[Any, _Compiler] = weakref.WeakKeyDictionary()

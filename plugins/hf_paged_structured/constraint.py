@@ -63,10 +63,7 @@ class GrammarConstraint:
         self.mask = None
         self._consumed += len(new)
         if not self.matcher.consume_tokens(new):
-            self.error = self._failed(
-                "a token was chosen that it doesn't allow, as min_tokens, logit_bias, allowed_token_ids or bad_words "
-                "left no other"
-            )
+            self.error = self._failed("its output holds a token that it doesn't allow")
 
     def failed_to_compute(self) -> None:
         """No mask could be computed: any token may follow, and the request ends with it."""

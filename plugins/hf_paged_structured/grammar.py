@@ -14,6 +14,7 @@ from hf_paged import InvalidRequestError, StructuredOutputs
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 # A message about what a user asked for must not hold the parser's state.
 LIMITS = LLParserLimits(verbose_errors=False)
+LONGEST_PROBLEM = 300  # characters of what llguidance says; a panic of its parser says thousands
 
 
 def grammar_of(wanted: StructuredOutputs) -> str:
@@ -24,7 +25,7 @@ def grammar_of(wanted: StructuredOutputs) -> str:
     """
     try:
         return _translate(wanted)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refused(kind_of(wanted), str(error)) from error
 
 
@@ -35,7 +36,9 @@ def kind_of(wanted: StructuredOutputs) -> str:
 
 def refused(kind: str, problem: str) -> InvalidRequestError:
     """The error for a grammar that llguidance doesn't take, in its words, which name what is wrong or unsupported."""
-    words = " ".join(problem.split()).replace("Unimplemented keys:", "these keywords of JSON schema aren't supported:")
+    words = " ".join(problem.split())[:LONGEST_PROBLEM].replace(
+        "Unimplemented keys:", "these keywords of JSON schema aren't supported:"
+    )
     return InvalidRequestError(f"structured_outputs.{kind} can't be kept to: {words}")
 
 

@@ -207,7 +207,7 @@ class Live:
     def __enter__(self):
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self.server.started and time.monotonic() < deadline:
             time.sleep(0.02)
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}/"
@@ -235,7 +235,7 @@ def browser():
     browser.quit()
 
 
-def until(check, seconds=20):
+def until(check, seconds=120):
     deadline = time.monotonic() + seconds
     while not (found := check()):
         assert time.monotonic() < deadline, "it did not come"

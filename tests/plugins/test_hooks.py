@@ -324,7 +324,7 @@ def test_engine_stopped(model, caplog):
 
     handle = patch(model, plugin(engine_stopped=engine_stopped), keep_pool=True)
     generate(model)
-    ((built, _),) = handle._engines.values()
+    ((built, _),) = handle._engines._engines.values()
     assert built.engine.stats.pool_bytes > 0
     assert not told
     hf_paged.unpatch(model)

@@ -99,6 +99,14 @@ def test_none_is_a_value(ledger):
     assert vars(thing) == {"size": None}
 
 
+def test_an_owners_none_is_not_taken_for_a_value_that_is_gone(ledger):
+    thing = Thing()
+    ledger.set_attribute(thing, "colour", Thing())  # nothing else holds it
+    thing.colour = None
+    ledger.undo()
+    assert vars(thing) == {"size": 1, "colour": None}
+
+
 @pytest.mark.parametrize("name", ["method", "static", "of_class", "kind", "brand_new"])
 def test_an_attribute_of_a_class(ledger, name):
     before = dict(vars(Thing))

@@ -169,6 +169,14 @@ def test_both_formats(traffic):
     assert response.text.endswith("# EOF\n")
 
 
+@pytest.mark.parametrize("version", ["[[[[;q=1e400", "1.0.0;q=nan", "9" * 5000, "\u0663.\u0660", "-1"])
+def test_an_accept_header_that_can_not_be_read(traffic, version):
+    response = traffic.client.get(
+        "/metrics", headers={"accept": f"application/openmetrics-text;version={version}".encode()}
+    )
+    assert response.status_code == 200
+
+
 def test_processes_that_share_a_directory_are_counted_together(tmp_path):
     code = textwrap.dedent("""
         import sys
@@ -198,7 +206,7 @@ def test_without_the_library_it_says_which_extra(monkeypatch):
     monkeypatch.setattr(hf_paged_metrics, "find_spec", lambda name: None)
     response = Traffic(hf_paged_metrics).client.get("/metrics")
     assert response.status_code == 501
-    assert "pip install 'hf-paged[server]'" in response.text
+    assert "pip install '.[server]'" in response.text
 
 
 def test_counting_a_token_is_cheap(traffic):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +24,7 @@ from hf_paged.types import Request
 pytest.importorskip("llguidance")
 import llguidance
 
+from hf_paged_structured import trial
 from hf_paged_structured.ahead import Ahead
 from hf_paged_structured.processor import apply
 
@@ -231,7 +234,7 @@ def test_a_dead_end_fails_its_request_alone(llm):
     with driver.call([dead, other]) as call:
         call.wait(lambda: dead.finished and other.finished)
     assert dead.finish_reason == "error"
-    assert "left no other" in str(dead.error)
+    assert "no token may be drawn as token 1" in str(dead.error)
     assert re.fullmatch("[ab]{3}", llm.tokenizer.decode(other.output_token_ids))
 
 
@@ -265,7 +268,7 @@ def test_without_the_library_it_is_silent_until_asked_for(monkeypatch, tokenizer
     monkeypatch.setattr(hf_paged_structured, "find_spec", lambda name: None)
     with LLM(model(), tokenizer=tokenizer) as llm:
         answers(llm, [SamplingParams(max_tokens=2)])
-        with pytest.raises(ConfigError, match=r"pip install 'hf-paged\[structured\]'"):
+        with pytest.raises(ConfigError, match=r"pip install '.\[structured\]'"):
             answers(llm, [wanting(regex="a")])
 
 
@@ -363,3 +366,74 @@ def test_a_batch_that_does_not_concern_it_is_not_touched(llm):
     assert not processor.concerns(request)
     assert processor.process([request], logits) is logits
     assert processor._ahead is None  # no thread either
+
+
+# ------------------------------------------------------------------------------------------- what could end the process
+
+
+def chained(count):
+    """A schema of references to references."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$defs": {**links, f"d{count}": {"type": "boolean"}}, "$ref": "#/$defs/d0"}
+
+
+def rules(count):
+    return "\n".join(["root ::= r0", *(f"r{i} ::= r{i + 1}" for i in range(count)), f'r{count} ::= "a"'])
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"json": chained(3000)}, {"json": json.dumps(chained(20_000))}], ids=["map", "text"]
+)
+def test_a_schema_that_would_overflow_the_stack_is_refused(llm, wanted, monkeypatch):
+    """By each request that asks for it, and tried once."""
+    tried, original = [], trial.Trials.problem_of
+    monkeypatch.setattr(trial.Trials, "problem_of", lambda *given: (tried.append(given), original(*given))[1])
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError, match="json can't be kept to: it nests or chains its rules too deeply"):
+            answers(llm, [wanting(**wanted)])
+    assert len(tried) == 1
+    (got,) = answers(llm, [wanting(regex="a{3}")])
+    assert got.text == "aaa"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": "[" * 100_000},
+        {"json": '{"items":' * 3000 + "{}" + "}" * 3000},
+        {"regex": "(" * 50_000 + "a" + ")" * 50_000},
+        {"regex": "a" * 2**21},
+        {"choice": [str(i) * 20 for i in range(100_000)]},
+    ],
+    ids=["brackets", "items", "groups", "long", "choices"],
+)
+def test_a_grammar_that_is_too_deep_or_long_is_refused(llm, wanted):
+    with pytest.raises(InvalidRequestError, match="can't be kept to") as raised:
+        answers(llm, [wanting(**wanted)])
+    assert len(str(raised.value)) < 500
+
+
+def test_a_long_grammar_that_compiles(llm):
+    (schema, grammar) = answers(llm, [wanting(json=chained(200)), wanting(grammar=rules(300))])
+    assert schema.text in ("true", "false")
+    assert grammar.text == "a"
+
+
+def test_a_grammar_that_takes_too_long_is_given_up(llm, monkeypatch):
+    properties = {f"p{index}": {"type": "string"} for index in range(3000)}  # compiled in more than a second
+    monkeypatch.setattr(trial, "SECONDS", 0.05)
+    with pytest.raises(InvalidRequestError, match="it takes more than 0.05 s to compile"):
+        answers(llm, [wanting(json={"type": "object", "properties": properties})])
+    monkeypatch.undo()
+    (got,) = answers(llm, [wanting(json=chained(202))])
+    assert got.text in ("true", "false")
+
+
+def test_processes_of_trials_end_with_their_owner(tokenizer):
+    trials = trial.Trials(tokenizer.backend_tokenizer.to_str(), [zoo.EOS])
+    assert trials.problem_of('start: "a"') is None
+    (process,) = trials._idle
+    child = psutil.Process(process._process.pid)
+    del process, trials
+    gc.collect()
+    assert not child.is_running()

@@ -60,12 +60,20 @@ class ServerProcess:
 
     def _get(self, path: str) -> int:
         with contextlib.suppress(httpx.TransportError):
-            return httpx.get(self.url + path, timeout=5).status_code
+            return httpx.get(self.url + path, timeout=30).status_code
         return 0
 
     @property
     def text(self) -> str:
         return self.log.read_text()
+
+    def logged(self, pattern: str, times: int = 1) -> list[str]:
+        """The log's lines that `pattern` is found in, once there are `times`: a line may follow the answer it tells of."""
+        self._until(lambda: len(self._lines(pattern)) >= times)
+        return self._lines(pattern)
+
+    def _lines(self, pattern: str) -> list[str]:
+        return [line for line in self.text.splitlines() if re.search(pattern, line)]
 
     @property
     def engine_pids(self) -> list[int]:
@@ -80,7 +88,7 @@ class ServerProcess:
         if self.process.poll() is None:
             self.signal()
         try:
-            return self.process.wait(40)
+            return self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from hf_paged.server.app import create_app
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError
+from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import Snapshot, Submission
 from hf_paged.server.front.tickets import Stream
 from hf_paged.server.lifecycle import Phase
@@ -47,10 +47,13 @@ class FakeEngine:
         self.asked: list[Submission] = []
         self.aborted: list[tuple[Submission, str]] = []
         self.refusal: APIError | None = None
+        self.most = 2048  # sequences of a call
         self.finish = "stop"
         self._ids = tiny.tokenizer().encode(text, add_special_tokens=False)
 
     def check_room(self, count: int, tokens: int = 0) -> None:
+        if count > self.most:
+            raise invalid(f"{count} sequences are too many", "n")
         if self.refusal:
             raise self.refusal
 
@@ -93,7 +96,7 @@ def call(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **options)
 
     return asyncio.run(send())

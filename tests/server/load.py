@@ -95,7 +95,11 @@ async def all_streams(url: str, calls: Sequence[dict[str, Any]], **options: Any)
 
 def metrics(url: str, *names: str) -> float:
     """The sum of these metrics, over all their labels."""
-    lines = [line.rsplit(" ", 1) for line in httpx.get(url + "/metrics").text.splitlines() if not line.startswith("#")]
+    lines = [
+        line.rsplit(" ", 1)
+        for line in httpx.get(url + "/metrics", timeout=60).text.splitlines()
+        if not line.startswith("#")
+    ]
     return sum(float(value) for name, value in lines if name.split("{")[0] in names)
 
 
@@ -107,7 +111,7 @@ def seen(url: str) -> int:
     return int(metrics(url, *HELD[:2], "hf_paged:request_success_total"))
 
 
-def until_idle(url: str, seconds: float = 10) -> bool:
+def until_idle(url: str, seconds: float = 60) -> bool:
     """Whether the engine comes to hold nothing within that time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

@@ -30,11 +30,11 @@ def complete(server, **body):
 
 def sample(server, name):
     """The sum of a metric's samples."""
-    text = httpx.get(server.url + "/metrics", timeout=10).text
+    text = httpx.get(server.url + "/metrics", timeout=60).text
     return sum(float(value) for value in re.findall(rf"^hf_paged:{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
 
 
-def until(check, seconds=20):
+def until(check, seconds=120):
     deadline = time.monotonic() + seconds
     while not (found := check()):
         assert time.monotonic() < deadline, "it did not come"
@@ -56,7 +56,7 @@ def test_metrics_count_what_was_served(tiny_server):
 
 
 def test_the_page_shows_a_request_and_its_blocks(tiny_server):
-    page = httpx.get(tiny_server.url + "/", timeout=10)
+    page = httpx.get(tiny_server.url + "/", timeout=60)
     assert page.status_code == 200
     assert "<title>hf_paged</title>" in page.text
     body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
@@ -64,7 +64,7 @@ def test_the_page_shows_a_request_and_its_blocks(tiny_server):
     thread.start()
 
     def seen():
-        state = httpx.get(tiny_server.url + "/dashboard/state", timeout=10).json()
+        state = httpx.get(tiny_server.url + "/dashboard/state", timeout=60).json()
         running = [one["id"] for one in state["requests"] if one["state"] == "running"]
         (group,) = state["engines"][0]["groups"]
         return [group["blocks"].get(name) for name in running if group["blocks"]]
@@ -108,7 +108,9 @@ def test_what_cannot_be_compiled_never_ran(tiny_server, constraint, n):
     before = [sample(tiny_server, name) for name in names]
     assert complete(tiny_server, structured_outputs=constraint, n=n, temperature=1).status_code == 400
     assert [sample(tiny_server, name) for name in names] == [before[0], before[1] + 1, before[2]]
-    assert re.search(r'request_refused_total{.*reason="invalid".*} ', httpx.get(tiny_server.url + "/metrics").text)
+    assert re.search(
+        r'request_refused_total{.*reason="invalid".*} ', httpx.get(tiny_server.url + "/metrics", timeout=60).text
+    )
     assert complete(tiny_server).status_code == 200
     assert sample(tiny_server, names[0]) == before[0] + 1
 
@@ -118,20 +120,28 @@ def test_structured_outputs_go_on_where_they_were_when_the_engine_is_killed(serv
     wanted = {"structured_outputs": {"regex": "([a-d]{3},){60}"}, "max_tokens": 400}
     undisturbed = complete(server, **wanted).json()["choices"][0]
     assert undisturbed["finish_reason"] == "stop"
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(complete(server, **wanted).json()))
-    thread.start()
-
-    def under_way():
-        state = httpx.get(server.url + "/dashboard/state", timeout=10).json()
-        return any(20 < one["output"] < 150 for one in state["requests"])
-
-    until(under_way)
-    os.kill(server.engine_pids[-1], signal.SIGKILL)
-    thread.join(120)
-    assert answers[0]["choices"] == [undisturbed]
-    assert sample(server, "engine_restarts_total") == 1
+    for kills in range(1, 11):  # on a busy machine the answer may be complete before the kill comes
+        until(lambda kills=kills: len(server.engine_pids) == kills)
+        assert killed_at_its_first_token(server, wanted) == undisturbed["text"]
+        if "1 requests will be resumed" in server.text:
+            break
+    else:
+        pytest.fail("no kill came in time")
+    assert sample(server, "engine_restarts_total") == kills
     assert server.stop() == 0
+
+
+def killed_at_its_first_token(server, wanted):
+    """The text of a stream whose engine is killed when its first token comes."""
+    body = {"model": "tiny", "prompt": "Once", "temperature": 0, "stream": True, **wanted}
+    text = []
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=300) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                if not text:
+                    os.kill(server.engine_pids[-1], signal.SIGKILL)
+                text.append(json.loads(line[6:])["choices"][0]["text"])
+    return "".join(text)
 
 
 def test_bench_serve_measures_this_server(tiny_server, capsys):
@@ -159,14 +169,14 @@ def test_routes_of_plugins_are_behind_the_key(serve):
     server = serve("--api-key", "sesame", "--no-spare-engine", env={"HF_PAGED_TRACES": "console"}).wait_ready()
     for path in ("/", "/metrics", "/dashboard/state"):
         page = {"Accept": "text/html"}
-        refused = httpx.get(server.url + path, headers=page, timeout=10)
+        refused = httpx.get(server.url + path, headers=page, timeout=60)
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"].startswith("Basic")
-        assert httpx.get(server.url + path, timeout=10).headers["www-authenticate"] == "Bearer"
-        assert httpx.get(server.url + path, auth=("any", "sesame"), timeout=10).status_code == 200
-        assert httpx.get(server.url + path, auth=("sesame", "other"), timeout=10).status_code == 401
+        assert httpx.get(server.url + path, timeout=60).headers["www-authenticate"] == "Bearer"
+        assert httpx.get(server.url + path, auth=("any", "sesame"), timeout=60).status_code == 200
+        assert httpx.get(server.url + path, auth=("sesame", "other"), timeout=60).status_code == 401
         other_site = {"Sec-Fetch-Site": "cross-site"}
-        assert httpx.get(server.url + path, auth=("any", "sesame"), headers=other_site, timeout=10).status_code == 401
+        assert httpx.get(server.url + path, auth=("any", "sesame"), headers=other_site, timeout=60).status_code == 401
     body = {"model": "tiny", "prompt": "Once", "max_tokens": 3}
     parent = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     httpx.post(server.url + "/v1/completions", json=body, headers=parent, auth=("any", "sesame"), timeout=60)

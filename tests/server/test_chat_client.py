@@ -6,9 +6,11 @@ import io
 
 import httpx
 import pytest
+from rich.console import Console
 from server.conftest import ServerProcess
 
 from hf_paged import HFPagedError, cli
+from hf_paged.server import chat_client
 from hf_paged.server.chat_client import Conversation
 
 
@@ -17,7 +19,7 @@ def test_one_message(tiny_server: ServerProcess, capsys: pytest.CaptureFixture[s
     assert cli.main(arguments) == 0
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]
     body = {"messages": messages, "temperature": 0, "max_tokens": 8}
-    answer = httpx.post(tiny_server.url + "/v1/chat/completions", json=body).json()
+    answer = httpx.post(tiny_server.url + "/v1/chat/completions", json=body, timeout=60).json()
     assert capsys.readouterr().out.strip() == answer["choices"][0]["message"]["content"].strip()
 
 
@@ -51,3 +53,15 @@ def test_turns(tiny_server: ServerProcess) -> None:
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "x", "--url", "http://127.0.0.1:9"]) == 2
     assert "no server answers" in capsys.readouterr().err
+
+
+def test_control_codes_of_an_answer_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal; into a file an answer goes as it is."""
+    said = "a\x1b[2J\u202eb\n\tc"
+    for terminal, expected in ((True, "a\\x1b[2J\\u202eb\n\tc\n"), (False, said + "\n")):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal)
+        talk = Conversation(httpx.Client(), "m", {})
+        monkeypatch.setattr(talk, "say", lambda text: iter([said]))
+        chat_client._answer(console, talk, "x")
+        assert out.getvalue().expandtabs() == expected.expandtabs()

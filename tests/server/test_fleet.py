@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +24,7 @@ from hf_paged.server.front import replica
 from hf_paged.server.front.engine import Submission
 from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.front.process import Spares
+from hf_paged.server.front.sockets import Sockets, sweep
 from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import (
     Abort,
@@ -46,7 +52,8 @@ class ScriptedEngine:
     """Looks like an engine process to the front: takes orders, speaks the messages, dies on command."""
 
     started: list[ScriptedEngine]
-    failing = 0  # so many of the next ones can't be built
+    failing = 0  # of the next ones, how many can't be built
+    silent = 0  # of the next ones, how many are never ready
 
     def __init__(self) -> None:
         type(self).started.append(self)
@@ -90,6 +97,9 @@ class ScriptedEngine:
                 type(self).failing -= 1
                 await outbox.send(encode(Failed("no memory")))
                 return
+            if type(self).silent:
+                type(self).silent -= 1
+                await asyncio.Event().wait()
             ready = Ready(**{name: getattr(READY, name) for name in READY.__struct_fields__})
             ready.max_num_seqs = self._orders.config.paged.max_num_seqs
             await outbox.send(encode(ready))
@@ -141,7 +151,7 @@ class ScriptedEngine:
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test's coroutine over a fleet of scripted engines."""
-    ScriptedEngine.started, ScriptedEngine.failing = [], 0
+    ScriptedEngine.started, ScriptedEngine.failing, ScriptedEngine.silent = [], 0, 0
     monkeypatch.setattr(replica, "FIRST_PAUSE", 0.01)
 
     async def take(self: Spares) -> Any:
@@ -156,8 +166,8 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             made = Fleet(config, ServerStats())
             made.start()
             try:
-                await asyncio.wait_for(made.wait_ready(), 5)
-                await asyncio.wait_for(test(made), 20)
+                await asyncio.wait_for(made.wait_ready(), 60)
+                await asyncio.wait_for(test(made), 120)
             finally:
                 await made.close()
 
@@ -290,6 +300,143 @@ def test_an_engine_that_can_not_be_started_at_first(fleet: Any) -> None:
     ScriptedEngine.started, ScriptedEngine.failing = [], 1
     with pytest.raises(APIError, match="no memory"):
         fleet(test)
+
+
+def test_a_restart_that_fails_is_unhealthy_until_one_succeeds(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        waiting = made.submit([submission(1)])[0]
+        ScriptedEngine.failing = 3
+        ScriptedEngine.started[0].kill()
+        while made.snapshot().alive:
+            await asyncio.sleep(0.001)
+        assert made.snapshot().why == "engine 0 can't be started: no memory"
+        with pytest.raises(APIError, match="can't be started: no memory") as caught:
+            made.submit([submission(2)])
+        assert caught.value.status == 503
+        assert (await read(waiting))[0] == answer(submission(1))
+        assert made.snapshot().alive
+
+    fleet(test)
+
+
+def test_an_engine_that_is_never_ready_is_replaced(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        ScriptedEngine.silent = 1
+        ScriptedEngine.started[0].kill()
+        one = submission(1)
+        assert (await carried(made, [one]))[0][0] == answer(one)
+        assert len(ScriptedEngine.started) >= 3
+
+    fleet(test, startup_timeout=1.0)
+
+
+# -------------------------------------------------------------------------------------------------- what fails in front
+
+
+def test_what_can_not_be_packed_leaves_nothing(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        bad = SamplingParams(extra_args={"x": 2**70})
+        for _ in range(5):
+            with pytest.raises(APIError, match="can't be handed to an engine") as caught:
+                made.submit([submission(1), Submission(RequestRecord("bad", "client"), [2], bad)])
+            assert caught.value.status == 400
+        assert (made.snapshot().waiting, made.snapshot().waiting_tokens, made.snapshot().running) == (0, 0, 0)
+        one = submission(1)
+        assert (await carried(made, [one]))[0][0] == answer(one)
+
+    fleet(test, max_num_seqs=1)
+
+
+def test_numbers_of_a_schema_have_any_size() -> None:
+    schema = {"type": "integer", "maximum": 2**64, "minimum": -(2**200)}
+    params = SamplingParams(structured_outputs={"json": schema})
+    ticket = Ticket(Submission(RequestRecord("a", "client"), [1], params), 0, 0, lambda _: None)
+    ticket.check()
+    sent = decode_to_engine(encode(ticket.message(None)))
+    assert isinstance(sent, Add)
+    assert json.loads(SamplingParams(**sent.params).structured_outputs.json) == schema
+
+
+def test_a_registration_that_fails_is_undone(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(made: Fleet) -> None:
+        with monkeypatch.context() as patch:
+            timers = made._set_timers
+            patch.setattr(made, "_set_timers", lambda ticket: timers(ticket) if ticket.name == "good" else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                made.submit([submission(1, name="good"), submission(2)])
+        assert (made.snapshot().waiting, made.snapshot().waiting_tokens, made.snapshot().running) == (0, 0, 0)
+        assert not made._tickets
+        one = submission(3)
+        assert (await carried(made, [one]))[0][0] == answer(one)
+
+    fleet(test, max_num_seqs=1)
+
+
+@pytest.mark.parametrize("what", ["socket", "process"])
+def test_supervision_outlives_what_fails_in_it(fleet: Any, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    async def test(made: Fleet) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(*{"socket": (Sockets, "address", no_descriptors), "process": (Spares, "take", none)}[what])
+            ScriptedEngine.started[0].kill()
+            while made.snapshot().alive:
+                await asyncio.sleep(0.001)
+            assert "Too many open files" in made.snapshot().why
+        one = submission(1)
+        while not made.snapshot().ready:
+            await asyncio.sleep(0.001)
+        assert (await carried(made, [one]))[0][0] == answer(one)
+
+    def no_descriptors(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def none(*_: Any) -> Any:
+        no_descriptors()
+
+    fleet(test)
+
+
+def test_a_removed_folder_of_sockets_is_made_again(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        shutil.rmtree(made._sockets._folder)
+        one = submission(1)
+        assert (await carried(made, [one]))[0][0] == answer(one)  # what is connected stays so
+        ScriptedEngine.started[0].kill()
+        assert (await carried(made, [one]))[0][0] == answer(one)
+
+    fleet(test)
+
+
+def test_a_path_that_is_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(deep))
+    sockets = Sockets()
+    try:
+        address = sockets.address()
+        assert len(address) - len("ipc://") <= zmq.IPC_PATH_MAX_LEN
+        bound = sockets.plain.socket(zmq.PULL)
+        bound.bind(address)
+        bound.close()
+    finally:
+        sockets.close()
+    assert not list(deep.iterdir())
+
+
+def test_folders_of_dead_servers_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    sockets = Sockets()
+    alive = Path(sockets.address().removeprefix("ipc://")).parent
+    dead, foreign = tmp_path / "hf_paged-dead", tmp_path / "hf_paged-no-lock"
+    for folder in (dead, foreign):
+        folder.mkdir()
+    (dead / "lock").touch()
+    sweep()
+    assert set(tmp_path.iterdir()) == {alive, foreign}
+    sockets.close()
+    assert set(tmp_path.iterdir()) == {foreign}
+
+
+# ----------------------------------------------------------------------------------------------------------- the queue
 
 
 def test_the_queue_is_bounded(fleet: Any) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged
 
+pytestmark = pytest.mark.slow
+
 MODEL = "smollm2"
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 WEATHER = {

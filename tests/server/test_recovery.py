@@ -8,9 +8,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import httpx
 import psutil
 import pytest
+import tiny
 from server import load
 from server.conftest import ServerProcess
 
@@ -47,6 +50,7 @@ async def killed_under_load(server: ServerProcess, calls: list[dict], kills: int
     return list(outcomes)
 
 
+@pytest.mark.slow
 def test_kill_9_again_and_again(serve: Callable[..., ServerProcess]) -> None:
     server = serve("--max-num-seqs", "128").wait_ready()
     calls = load.bodies(STREAMS, longest=400)
@@ -63,16 +67,17 @@ def test_kill_9_again_and_again(serve: Callable[..., ServerProcess]) -> None:
 
 
 def test_engines_end_with_their_front(serve: Callable[..., ServerProcess]) -> None:
-    """However the front ends, neither its engine nor the spare process is left behind."""
+    """However the front ends, neither its engine nor the spare process is left behind; not even a stopped one."""
     server = serve().wait_ready()
     front = psutil.Process(server.process.pid)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while len(front.children()) < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
     children = front.children()
+    os.kill(server.engine_pids[0], signal.SIGSTOP)
     server.process.kill()
-    gone, alive = psutil.wait_procs(children, timeout=30)
+    gone, alive = psutil.wait_procs(children, timeout=120)
     assert (len(gone), alive) == (2, [])
 
 
@@ -81,4 +86,31 @@ def test_without_the_servers_packages(monkeypatch: pytest.MonkeyPatch, capsys: p
         monkeypatch.setitem(sys.modules, name, None)
     for command in (["serve", "x"], ["chat", "x"]):
         assert cli.main(command) == 2
-        assert "pip install 'hf-paged[server]'" in capsys.readouterr().err
+        assert "pip install '.[server]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_service_is_back_when_a_restart_can_succeed_again(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model")
+    server = serve("--max-num-seqs", "4", model=model).wait_ready()
+    weights = model / "model.safetensors"
+    weights.rename(model / "away")
+    os.kill(server.engine_pids[0], signal.SIGKILL)
+    health = wait_for_health(server, 503)
+    assert health.json()["status"].startswith("engine 0 can't be started: ")
+    refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=30)
+    assert (refused.status_code, "can't be started" in refused.text) == (503, True)
+    assert httpx.get(f"{server.url}/ready", timeout=30).status_code == 503
+    (model / "away").rename(weights)
+    wait_for_health(server, 200)
+    answered = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=60)
+    assert answered.json()["usage"]["completion_tokens"] > 0
+    assert server.stop() == 0
+
+
+def wait_for_health(server: ServerProcess, status: int) -> httpx.Response:
+    until = time.monotonic() + 120
+    while (health := httpx.get(f"{server.url}/health", timeout=30)).status_code != status:
+        assert time.monotonic() < until, f"still {health.status_code}: {server.text}"
+        time.sleep(0.1)
+    return health

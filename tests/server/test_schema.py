@@ -65,7 +65,7 @@ def _fuzz(operation: Any, mode: schemathesis.GenerationMode) -> None:
 
 
 def test_the_schema_is_honest(server: ServerProcess) -> None:
-    schema = httpx.get(f"{server.url}/openapi.json").json()
+    schema = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
         responses = schema["paths"][path]["post"]["responses"]

@@ -21,6 +21,8 @@ from server.conftest import ServerProcess, events
 
 from hf_paged import ConfigError, cli
 from hf_paged.server.commands import server_config
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.serve import serve as run_server
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
@@ -40,14 +42,14 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def test_request_ids(tiny_server: ServerProcess) -> None:
-    given = httpx.get(tiny_server.url + "/v1/models", headers={"X-Request-Id": "abc-1"})
+    given = httpx.get(tiny_server.url + "/v1/models", headers={"X-Request-Id": "abc-1"}, timeout=60)
     assert given.headers["x-request-id"] == "abc-1"
-    made = httpx.get(tiny_server.url + "/v1/models", headers={"X-Request-Id": "with space"})
+    made = httpx.get(tiny_server.url + "/v1/models", headers={"X-Request-Id": "with space"}, timeout=60)
     assert len(made.headers["x-request-id"]) == 32
-    assert "request_id=abc-1" in tiny_server.text
+    assert tiny_server.logged("request_id=abc-1 .*client=127.0.0.1")
     called = {"prompt": "x", "max_tokens": 1, "request_id": "mine", "user": "somebody"}
     named = post(tiny_server, "/v1/completions", called)
-    assert re.search("finished client_id=mine .* user=somebody prompt_tokens=1 ", tiny_server.text)
+    assert tiny_server.logged("finished client_id=mine .* user=somebody prompt_tokens=1 ")
     assert named.json()["id"] == "cmpl-mine"
 
 
@@ -57,7 +59,7 @@ def test_request_ids(tiny_server: ServerProcess) -> None:
         ({"prompt": "x", "nope": 1}, "nope"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": "x", "store": True}, "store"),
+        ({"prompt": "x", "store": "yes"}, "store"),
         ({"prompt": "x", "temperature": "1"}, "temperature"),
         ({"prompt": "x", "top_p": 0}, "top_p"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
@@ -85,9 +87,9 @@ def test_fields_that_are_not_honoured(tiny_server: ServerProcess, body: dict[str
     ("body", "param"),
     [
         ({"tools": [], "tool_choice": "required"}, None),
-        ({"functions": []}, "functions"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"chat_template": "x"}, "chat_template"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"reasoning_effort": "lots"}, "reasoning_effort"),
         ({"top_logprobs": 2}, None),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
@@ -103,12 +105,12 @@ def test_fields_of_chat_that_are_not_honoured(
 
 
 def test_other_errors_have_the_same_body(tiny_server: ServerProcess) -> None:
-    assert error_of(httpx.get(tiny_server.url + "/nothing"))["type"] == "not_found_error"
-    assert httpx.get(tiny_server.url + "/v1/completions").status_code == 405
-    plain = httpx.post(tiny_server.url + "/v1/completions", content=b'{"prompt": "x"}')
+    assert error_of(httpx.get(tiny_server.url + "/nothing", timeout=60))["type"] == "not_found_error"
+    assert httpx.get(tiny_server.url + "/v1/completions", timeout=60).status_code == 405
+    plain = httpx.post(tiny_server.url + "/v1/completions", content=b'{"prompt": "x"}', timeout=60)
     assert plain.status_code == 400
     assert "Content-Type: application/json" in error_of(plain)["message"]
-    broken = httpx.post(tiny_server.url + "/v1/completions", content=b"{")
+    broken = httpx.post(tiny_server.url + "/v1/completions", content=b"{", timeout=60)
     assert (broken.status_code, error_of(broken)["type"]) == (400, "invalid_request_error")
     assert post(tiny_server, "/v1/completions", {"prompt": "x", "model": "other"}).status_code == 404
 
@@ -129,9 +131,58 @@ def test_keys_guard_everything_but_the_probes() -> None:
     assert fakes.call(app, "GET", "/v1/models", headers={"Authorization": "Basic one"}).status_code == 401
 
 
+def test_probes_are_open_below_a_root_path_too() -> None:
+    app = fakes.application(fakes.FakeEngine(), api_keys=("one",), root_path="/below")
+    for path, status in (("/health", 200), ("/ready", 200), ("/below/health", 200), ("/below/ready", 200)):
+        assert fakes.call(app, "GET", path).status_code == status, path
+    for path in ("/below/v1/models", "/below/below/health", "/elsewhere/health"):
+        assert fakes.call(app, "GET", path).status_code == 401, path
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "gpu-box", None])
+def test_names_of_a_server_without_keys(host: str | None) -> None:
+    app = fakes.application(fakes.FakeEngine(), allowed_hosts=("gpu-box",))
+    headers = {} if host is None else {"Host": host}
+    assert fakes.call(app, "GET", "/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:8000", "[::2]", "", "a:b:c"])
+def test_other_names_are_refused(host: str) -> None:
+    """A page of another site could have its name point to this machine, and read the answers."""
+    response = fakes.call(fakes.application(fakes.FakeEngine()), "GET", "/v1/models", headers={"Host": host})
+    assert (response.status_code, error_of(response)["code"]) == (403, "host_not_allowed")
+    assert (
+        fakes.call(fakes.application(fakes.FakeEngine()), "GET", "/health", headers={"Host": host}).status_code == 200
+    )
+    for options in ({"allowed_hosts": ("*",)}, {"api_keys": ("k",)}, {"host": "0.0.0.0", "allow_no_key": True}):
+        headers = {"Host": host, "Authorization": "Bearer k"}
+        app = fakes.application(fakes.FakeEngine(), **options)
+        assert fakes.call(app, "GET", "/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org", ""])
+def test_other_machines_need_a_key(host: str) -> None:
+    with pytest.raises(ConfigError, match="lets other machines in, and there is no API key"):
+        ServerConfig(model="m", host=host)
+    ServerConfig(model="m", host=host, api_keys=("k",))
+    ServerConfig(model="m", host=host, allow_no_key=True)
+
+
+@pytest.mark.parametrize("keys", [("one",), ("one", "two")])
+def test_prompts_of_each_key_have_a_cache_of_their_own(keys: tuple[str, ...]) -> None:
+    engine = fakes.FakeEngine()
+    app = fakes.application(engine, api_keys=keys)
+    for key in keys:
+        for salt in ({}, {"cache_salt": "s"}):
+            body = {"prompt": "x", **salt}
+            fakes.call(app, "POST", "/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+    found = [one.cache_key for one in engine.asked]
+    assert found == ([None, "s"] if len(keys) == 1 else ["1:", "1:s", "2:", "2:s"])
+
+
 def test_keys_from_arguments_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, none = tmp_path / "keys", tmp_path / "none"
-    file.write_text("# for tests\nfile-key\n")
+    file.write_bytes(b"\xef\xbb\xbf# for tests\r\n  # more\r\n\r\n file-key \r\nfile-key\r\n")
     none.write_text("# nothing\n")
 
     def keys(*arguments: str) -> tuple[str, ...]:
@@ -141,8 +192,25 @@ def test_keys_from_arguments_file_and_environment(tmp_path: Path, monkeypatch: p
     assert keys("--api-key", "a", "--api-key", "b", "--api-key-file", str(file)) == ("a", "b", "file-key")
     monkeypatch.setenv("HF_PAGED_API_KEY", "x,y")
     assert keys() == ("x", "y")
+    monkeypatch.setenv("HF_PAGED_API_KEY", " x , ,y\n")
+    assert keys() == ("x", "y")
     with pytest.raises(ConfigError, match="holds no key"):
         keys("--api-key-file", str(none))
+    for nothing in ("", " ", ",", "\n"):
+        monkeypatch.setenv("HF_PAGED_API_KEY", nothing)
+        with pytest.raises(ConfigError, match="the environment variable HF_PAGED_API_KEY holds no key"):
+            keys()
+        with pytest.raises(ConfigError, match="an API key is empty"):
+            keys("--api-key", nothing.strip(","))
+    for wrong in ("ü", "a b", "a\tb", "a\x00"):
+        with pytest.raises(ConfigError, match="other characters than printable ASCII") as caught:
+            keys("--api-key", wrong)
+        assert wrong not in str(caught.value)
+    none.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigError, match="isn't UTF-8: byte 3 is 0xe9"):
+        keys("--api-key-file", str(none))
+    with pytest.raises(ConfigError, match="can't be read"):
+        keys("--api-key-file", str(tmp_path))
 
 
 def test_bodies_that_are_too_large() -> None:
@@ -156,6 +224,19 @@ def test_bodies_that_are_too_large() -> None:
     for options in ({"json": {"prompt": "x" * 3000}}, {"content": chunks()}):
         large = fakes.call(app, "POST", "/v1/completions", **options)
         assert (large.status_code, error_of(large)["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "taken"),
+    [(20, -1, False), (20, 20, True), (5, 6, False), (5, -1, False), (5, 5, True), (0, 0, True), (-1, -1, True)],
+)
+def test_log_probabilities_are_bounded(most: int, asked: int, taken: bool) -> None:
+    app = fakes.application(fakes.FakeEngine(), max_logprobs=most)
+    response = fakes.call(app, "POST", "/v1/completions", json={"prompt": "x", "prompt_logprobs": asked})
+    assert response.status_code == (200 if taken else 400)
+    if not taken:
+        assert error_of(response)["param"] == "prompt_logprobs"
+        assert f"outside 0 to {most}" in error_of(response)["message"]
 
 
 def test_cors_where_it_is_wanted() -> None:
@@ -224,7 +305,7 @@ def test_sigterm_drains(serve: Callable[..., ServerProcess]) -> None:
     outcomes: list[load.Outcome] = []
     running = threading.Thread(target=lambda: outcomes.extend(asyncio.run(load.all_streams(server.url, calls))))
     running.start()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while load.seen(server.url) < len(calls):
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -233,20 +314,20 @@ def test_sigterm_drains(serve: Callable[..., ServerProcess]) -> None:
     refused = post(server, "/v1/completions", {"prompt": "x"})
     assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
     assert "retry-after" in refused.headers
-    assert httpx.get(server.url + "/ready").status_code == 503
-    assert httpx.get(server.url + "/health").status_code == 200
-    running.join(60)
+    assert httpx.get(server.url + "/ready", timeout=60).status_code == 503
+    assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+    running.join(300)
     assert [outcome.error for outcome in outcomes] == [None] * 12
     assert [len(outcome.tokens) for outcome in outcomes] == [body["max_tokens"] for body in calls]
-    assert server.process.wait(20) == 0
+    assert server.process.wait(120) == 0
 
 
 def test_a_second_signal_aborts(serve: Callable[..., ServerProcess]) -> None:
     """Also: what a server that starts says, and that structured logs are JSON."""
     server = serve("--no-spare-engine", "--log-format", "json")
     server.wait_listening()
-    assert httpx.get(server.url + "/health").status_code == 200
-    assert httpx.get(server.url + "/ready").status_code == 503
+    assert httpx.get(server.url + "/health", timeout=60).status_code == 200
+    assert httpx.get(server.url + "/ready", timeout=60).status_code == 503
     early = post(server, "/v1/completions", {"prompt": "x"})
     assert (early.status_code, error_of(early)["code"]) == (503, "not_ready")
     server.wait_ready()
@@ -259,7 +340,7 @@ def test_a_second_signal_aborts(serve: Callable[..., ServerProcess]) -> None:
     for _ in range(2):
         server.signal(signal.SIGTERM)
         time.sleep(0.1)
-    assert server.process.wait(15) == 130
+    assert server.process.wait(60) == 130
     client.join(10)
     lines = [json.loads(line) for line in server.text.splitlines() if line.startswith("{")]
     assert any(line.get("path") == "/v1/completions" and line["status"] == 503 for line in lines)
@@ -289,7 +370,7 @@ def _read(url: str, body: Any, got: list[str]) -> None:
 
 def test_a_model_that_is_not_there(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
     server = serve("--no-spare-engine", model=tmp_path / "nothing")
-    assert server.process.wait(60) == 2
+    assert server.process.wait(120) == 2
     assert "hf-paged: error: " in server.text
 
 
@@ -304,13 +385,25 @@ def test_tls(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
     except FileNotFoundError:
         pytest.skip("there is no openssl to make a certificate with")
     assert done.returncode == 0
+    locked, none = tmp_path / "locked.pem", tmp_path / "none.pem"
+    subprocess.run(
+        ["openssl", "rsa", "-aes128", "-passout", "pass:x", "-in", str(key), "-out", str(locked)], check=True
+    )
+    for files, message in (
+        ((none, certificate), "No such file or directory"),
+        ((key, key), "TLS can't use"),
+        ((certificate, certificate), "TLS can't use"),
+        ((locked, certificate), "has a password"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_server(ServerConfig(model="m", ssl_keyfile=str(files[0]), ssl_certfile=str(files[1])))
     server = serve("--no-spare-engine", "--ssl-keyfile", str(key), "--ssl-certfile", str(certificate))
     server.wait_listening()
     context = ssl.create_default_context(cafile=str(certificate))
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while True:
         try:
-            assert httpx.get(f"https://127.0.0.1:{server.port}/health", verify=context).status_code == 200
+            assert httpx.get(f"https://127.0.0.1:{server.port}/health", verify=context, timeout=60).status_code == 200
             break
         except httpx.TransportError:
             assert time.monotonic() < until

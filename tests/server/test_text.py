@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from server import fakes
 from server.conftest import events
 
 from hf_paged import SamplingParams
-from hf_paged.hf.detokenize import Detokenizer
 from hf_paged.server.errors import APIError
 from hf_paged.server.messages import Delta, TokenLogprobs
 from hf_paged.server.text import model_text
@@ -22,15 +22,18 @@ from hf_paged.server.text.forced import CallList, NamedCall
 from hf_paged.server.text.model_text import ModelText
 from hf_paged.server.text.stream import TextStream
 from hf_paged.server.text.tools import ParsedCall, ToolParser
+from hf_paged.text.detokenizer import Detokenizer
+from hf_paged.text.tokens import TokenTexts
 
 TOKENIZER = tiny.tokenizer()
+TOKENS = TokenTexts(TOKENIZER)
 EOS = 2
 
 
 def streamed(text: str, sizes: list[int], finish: str = "length", **params: Any) -> tuple[str, Any, int]:
     """What a stream shows of a text that comes in deltas of these sizes, how it ends, and the tokens that counted."""
     ids = TOKENIZER.encode(text, add_special_tokens=False)
-    stream = TextStream(TOKENIZER, [5], SamplingParams(max_tokens=None, **params), frozenset([EOS]))
+    stream = TextStream(TOKENS, [5], SamplingParams(max_tokens=None, **params), frozenset([EOS]))
     shown, at = "", 0
     for size in [*sizes, len(ids)]:
         tokens, at = ids[at : at + size], at + size
@@ -68,9 +71,9 @@ def test_stop_strings_count_tokens_and_respect_min_tokens() -> None:
 def test_what_ends_the_output_is_no_text() -> None:
     ids = [*TOKENIZER.encode("ab", add_special_tokens=False), EOS]
     for params, expected in (({}, "ab"), ({"skip_special_tokens": False}, "ab"), ({"stop_token_ids": [ids[1]]}, "ab")):
-        stream = TextStream(TOKENIZER, [5], SamplingParams(**params), frozenset([EOS]))
+        stream = TextStream(TOKENS, [5], SamplingParams(**params), frozenset([EOS]))
         assert stream.add(Delta("x", tokens=ids, finish="stop")).text == expected
-    stream = TextStream(TOKENIZER, [5], SamplingParams(stop_token_ids=[ids[1]]), frozenset([EOS]))
+    stream = TextStream(TOKENS, [5], SamplingParams(stop_token_ids=[ids[1]]), frozenset([EOS]))
     assert stream.add(Delta("x", tokens=ids[:2], finish="stop")).text == "a"
 
 
@@ -117,6 +120,88 @@ def test_forms_of_tool_calls() -> None:
 
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+# Model output that Python's JSON decoder, or what comes after it, gives up; all of it is text.
+NO_CALLS = {
+    "3,000 arrays": "[" * 3000,
+    "closed ones": "[" * 3000 + "]" * 3000,
+    "objects": '{"a":' * 3000,
+    "in a call": '{"name": "f", "arguments": ' + "[" * 3000 + "]" * 3000 + "}",
+    "in a call's name": '{"name": ' + "[" * 3000 + "]" * 3000 + "}",
+    "behind a mark": "[TOOL_CALLS]" + "[" * 3000,
+    "after a call": CALL + "[" * 3000,
+    "digits": "[" + "9" * 5000 + "]",
+    "hermes": "<tool_call>" + "[" * 3000 + "</tool_call>",
+    "hermes, closed": "<tool_call>" + "[" * 3000 + "]" * 3000 + "</tool_call>",
+    "hermes, cut": "Hm.<tool_call>" + '{"a":' * 3000,
+    "hermes, in a call": '<tool_call>{"name": "f", "arguments": ' + "[" * 3000 + "]" * 3000 + "}</tool_call>",
+}
+
+
+def small(text: str) -> fakes.FakeEngine:
+    return fakes.FakeEngine(text, structured=True, longest=20_000)
+
+
+@pytest.mark.parametrize("kind", NO_CALLS)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_output_that_no_decoder_takes_is_text(kind: str, choice: str) -> None:
+    text = NO_CALLS[kind]
+    body = {"tools": TOOLS, "tool_choice": choice}
+    chat = {"messages": [{"role": "user", "content": "x"}], **body}
+    for form in ("auto", "json", "hermes"):
+        app = fakes.application(small(text), tool_parser=form)
+        answer = fakes.call(app, "POST", "/v1/chat/completions", json=chat).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == (text, "stop")
+        streamed = events(fakes.call(app, "POST", "/v1/chat/completions", json=chat | {"stream": True}).text)
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in streamed) == text
+        asked = {"input": "x", "tools": [{"type": "function", "name": "f"}], "tool_choice": choice}
+        told = fakes.call(app, "POST", "/v1/responses", json=asked).json()
+        assert [part["text"] for item in told["output"] for part in item["content"]] == [text]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", ["{}", "<tool_call>{}</tool_call>"])
+def test_arguments_of_half_a_surrogate_pair_stay_json(form: str, stream: bool) -> None:
+    """Written as an escape it is JSON; as a character no client could be sent it."""
+    for written in ('{"x": "a\\ud83d"}', '"{\\"x\\": \\"a\\ud83d\\"}"'):
+        text = form.replace("{}", f'{{"name": "f", "arguments": {written}}}')
+        body = {"messages": [{"role": "user", "content": "x"}], "tools": TOOLS, "stream": stream}
+        response = fakes.call(fakes.application(small(text)), "POST", "/v1/chat/completions", json=body)
+        if stream:
+            (call,) = gathered([chunk["choices"][0] for chunk in events(response.text)])
+        else:
+            call = response.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+        assert json.loads(call["arguments"]) == {"x": "a\ud83d"}
+
+
+GROWING = {
+    "brackets": ["[[[["],
+    "white space": ["    "],
+    "an open hermes call": ["<tool_call>", "abcd"],
+    "a forced name": ['[{"name": "', "abcd"],
+    "a forced name of quotes": ['[{"name": "', '\\"cd'],
+    "a forced call without arguments": ['[{"name": "f"', "    "],
+    "forced arguments": ['[{"name": "f", "parameters": ["', "abcd"],
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_growing_text_is_not_parsed_again_at_every_token(kind: str) -> None:
+    """40,000 tokens; what looks at all of the text for each one takes minutes."""
+    *begin, token = GROWING[kind]
+    for reader in (ToolParser(["f"]), CallList(["f"])):
+        began = time.process_time()
+        for piece in [*begin, *[token] * 40_000]:
+            reader.add(piece)
+        reader.add("", last=True)
+        assert time.process_time() - began < 5.0
+
+
+def test_many_calls_in_one_piece_are_parsed_once() -> None:
+    text = f"<tool_call>{CALL}</tool_call>" * 20_000
+    began = time.process_time()
+    assert len(ToolParser(["f"]).add(text, last=True)[1]) == 20_000
+    assert time.process_time() - began < 5.0
 
 
 @pytest.mark.parametrize("stream", [False, True])

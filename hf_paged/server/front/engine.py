@@ -83,10 +83,10 @@ class EngineClient(Protocol):
     info: Ready | None
 
     def check_room(self, count: int, tokens: int = 0) -> None:
-        """See whether so many sequences, with so many prompt tokens, would be taken now.
+        """See whether `count` sequences with `tokens` prompt tokens would be taken now.
 
         Raises:
-            APIError: 429, the queue is full; 503, nothing is taken now; 400, so many never would be.
+            APIError: 429, the queue is full; 503, nothing is taken now; 400, more than the server ever takes.
         """
         ...
 

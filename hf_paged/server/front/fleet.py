@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import Snapshot, Submission
-from hf_paged.server.front.process import Sockets, Spares
+from hf_paged.server.front.process import Spares
 from hf_paged.server.front.replica import Replica
 from hf_paged.server.front.router import Router
+from hf_paged.server.front.sockets import Sockets, sweep
 from hf_paged.server.front.tickets import Stream, Ticket
 from hf_paged.server.messages import Delta, EngineStats, Ready, WatchBlocks
 from hf_paged.server.stats import ServerStats
@@ -62,6 +63,7 @@ class Fleet:
 
     def start(self) -> None:
         """Start the engine processes; needs a running event loop."""
+        sweep()
         self._tasks = [asyncio.create_task(replica.run()) for replica in self._replicas]
         self._tasks.append(asyncio.create_task(self._watchdog()))
 
@@ -106,7 +108,7 @@ class Fleet:
         alive = len({*hung, *lost}) < len(self._replicas)
         why = "ok"
         if not alive:
-            why = f"no step for {hung[0].stalled():.0f} s" if hung else "the engine can't be started"
+            why = f"no step for {hung[0].stalled():.0f} s" if hung else _unstartable(lost[0])
         elif not ready:
             why = self._replicas[0].state
         states = tuple("hung" if replica in hung else replica.state for replica in self._replicas)
@@ -131,10 +133,16 @@ class Fleet:
         while True:
             await asyncio.sleep(pause)
             for replica in self._replicas:
-                stalled = replica.stalled()
-                if stalled > 2 * self._config.watchdog:
-                    logger.error("engine %d made no step for %.0f s and is killed", replica.index, stalled)
-                    replica.kill(f"no step for {stalled:.0f} s")
+                try:
+                    self._check_progress(replica)
+                except Exception:  # the others are watched all the same
+                    logger.exception("engine %d can't be watched", replica.index)
+
+    def _check_progress(self, replica: Replica) -> None:
+        stalled = replica.stalled()
+        if stalled > 2 * self._config.watchdog:
+            logger.error("engine %d made no step for %.0f s and is killed", replica.index, stalled)
+            replica.kill(f"no step for {stalled:.0f} s")
 
     def _watch(self, seconds: float) -> None:
         for replica in self._replicas:
@@ -145,18 +153,28 @@ class Fleet:
     def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
         """See `EngineClient.submit`."""
         self.check_room(len(group), sum(len(submission.prompt) for submission in group))
-        tickets = []
-        for submission in group:
-            priority = submission.priority if self._config.paged.scheduler == "priority" else 0
-            ticket = Ticket(submission, next(self._order), priority, self._left)
-            self._tickets[submission] = ticket
-            tickets.append(ticket)
-            bisect.insort(self._queue, ticket, key=lambda t: t.sort_key)
-            self._queued_tokens += ticket.size
-            self._stats.started(submission.record)
-            self._set_timers(ticket)
+        tickets = [self._ticket(submission) for submission in group]
+        with contextlib.ExitStack() as undo:
+            for ticket in tickets:
+                undo.callback(self.abort, ticket.submission)
+                self._register(ticket)
+            undo.pop_all()
         self._pump()
         return [ticket.stream for ticket in tickets]
+
+    def _ticket(self, submission: Submission) -> Ticket:
+        priority = submission.priority if self._config.paged.scheduler == "priority" else 0
+        ticket = Ticket(submission, next(self._order), priority, self._left)
+        ticket.check()
+        return ticket
+
+    def _register(self, ticket: Ticket) -> None:
+        """Put it into the queue; `_end` takes it out again."""
+        self._tickets[ticket.submission] = ticket
+        bisect.insort(self._queue, ticket, key=lambda t: t.sort_key)
+        self._queued_tokens += ticket.size
+        self._stats.started(ticket.submission.record)
+        self._set_timers(ticket)
 
     def abort(self, submission: Submission, reason: str = "abort") -> None:
         """See `EngineClient.abort`."""
@@ -171,10 +189,12 @@ class Fleet:
         """See `EngineClient.check_room`."""
         if self._closed or self.info is None:
             raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
+        if all(replica.lost for replica in self._replicas):
+            raise APIError(503, _unstartable(self._replicas[0]), code="engine", retry_after=5)
         seats = sum(replica.room for replica in self._replicas)
         if count > seats + self._config.max_queue_requests:
             most = seats + self._config.max_queue_requests
-            raise invalid(f"{count} sequences in one call are more than the {most} that the server ever holds")
+            raise invalid(f"{count} sequences in one call are more than the {most} that the server ever holds", "n")
         room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
         waiting = len(self._queue) + len(self._returning) + count - room
         most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens
@@ -306,6 +326,10 @@ class Fleet:
         self._finishes.append(time.monotonic())
         ticket.stream.put(delta)
         self._pump()
+
+
+def _unstartable(replica: Replica) -> str:
+    return f"engine {replica.index} can't be started: {replica.why or 'its supervision has ended'}"
 
 
 def _has_room(replica: Replica) -> bool:

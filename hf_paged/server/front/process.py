@@ -4,46 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import pickle
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import zmq
-import zmq.asyncio
 
 from hf_paged.server.config import ServerConfig
+from hf_paged.server.front.sockets import Sockets
 from hf_paged.server.messages import FromEngine, Stop, ToEngine, decode_from_engine, encode
 
 logger = logging.getLogger(__name__)
 
 GRACE = 0.05
-
-
-class Sockets:
-    """A directory of our own for sockets, and zmq's context.
-
-    Only this user can open the directory: who reaches a socket could send anything to an engine.
-    """
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hf_paged-"))
-        self.context = zmq.asyncio.Context()
-        self.plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self.context.underlying)
-        self._numbers = itertools.count()
-
-    def address(self) -> str:
-        """One that was not used before."""
-        return f"ipc://{self.folder}/{next(self._numbers)}"
-
-    def close(self) -> None:
-        """Remove everything."""
-        self.context.destroy(linger=0)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 async def spawn() -> asyncio.subprocess.Process:
@@ -76,7 +50,10 @@ class Spares:
         """Have a spare; called when there is time for it."""
         async with self._making:
             if self._enabled and (self._spare is None or self._spare.returncode is not None):
-                self._spare = await spawn()
+                try:
+                    self._spare = await spawn()
+                except OSError:
+                    logger.exception("no spare process can be started; the next restart takes longer")
 
     async def close(self) -> None:
         """End the spare."""
@@ -103,24 +80,41 @@ class EngineProcess:
 
     def __init__(self, sockets: Sockets, spares: Spares, on_message: Callable[[FromEngine], None]) -> None:
         self._spares = spares
-        self._inbox_address, self._outbox_address = sockets.address(), sockets.address()
         self._to = sockets.plain.socket(zmq.PUSH)
         self._from = sockets.context.socket(zmq.PULL)
-        for socket, address in ((self._to, self._inbox_address), (self._from, self._outbox_address)):
-            socket.setsockopt(zmq.SNDHWM, 0)  # what may be queued is bounded by the front's admission
-            socket.setsockopt(zmq.RCVHWM, 0)
-            socket.bind(address)
         self._on_message = on_message
         self._process: asyncio.subprocess.Process | None = None
         self.pid: int | None = None
+        try:
+            self._inbox_address, self._outbox_address = sockets.address(), sockets.address()
+            for socket, address in ((self._to, self._inbox_address), (self._from, self._outbox_address)):
+                socket.setsockopt(zmq.SNDHWM, 0)  # what may be queued is bounded by the front's admission
+                socket.setsockopt(zmq.RCVHWM, 0)
+                socket.bind(address)
+        except BaseException:
+            self._close()
+            raise
 
     async def run(self, config: ServerConfig, replica: int) -> int:
-        """Start it, hand on its messages, and return its exit status when it is dead. Cancelled: it is killed."""
+        """Start it, hand on its messages, and return its exit status when it is dead. Cancelled: it is killed.
+
+        Raises:
+            OSError: no process can be started.
+        """
         from hf_paged.server.worker import Orders
 
         orders = Orders(replica, config.replicas, self._inbox_address, self._outbox_address, config)
-        process = self._process = await self._spares.take()
-        self.pid = process.pid
+        try:
+            process = self._process = await self._spares.take()
+            self.pid = process.pid
+            return await self._attend(process, orders)
+        finally:
+            self.kill()
+            if self._process is not None:
+                await self._process.wait()
+            self._close()
+
+    async def _attend(self, process: asyncio.subprocess.Process, orders: object) -> int:
         reader = asyncio.create_task(self._read())
         try:
             assert process.stdin is not None
@@ -134,10 +128,10 @@ class EngineProcess:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
-            self.kill()
-            await process.wait()
-            self._to.close(linger=0)
-            self._from.close(linger=0)
+
+    def _close(self) -> None:
+        self._to.close(linger=0)
+        self._from.close(linger=0)
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; never waits. One to a process that is dead is lost."""

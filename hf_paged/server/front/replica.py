@@ -8,7 +8,8 @@ import time
 from typing import Protocol
 
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.front.process import EngineProcess, Sockets, Spares
+from hf_paged.server.front.process import EngineProcess, Spares
+from hf_paged.server.front.sockets import Sockets
 from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, FromEngine, Ready, ToEngine
 
@@ -16,7 +17,7 @@ logger = logging.getLogger("hf_paged.server")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 YOUNG = 30.0  # an engine that was ready for less than that died young
-LOST = 10  # deaths in a row without ever being ready, after which a replica counts as lost for good
+LOST = 10  # first starts in a row that failed, after which a replica counts as lost
 
 
 class Owner(Protocol):
@@ -44,6 +45,7 @@ class Replica:
         room: sequences that it is handed at a time.
         tickets: those that it has, by name.
         probe: a sequence that came from a dead engine and has to prove itself before any other is handed over.
+        why: how its last process ended; empty: none has.
         failure: why it can't be started, once it is clear that trying again is of no use.
     """
 
@@ -61,9 +63,10 @@ class Replica:
         self._process: EngineProcess | None = None
         self._ready_since: float | None = None
         self._deaths = 0  # in a row, of engines that were young
+        self._failed_starts = 0  # in a row, of engines that never were ready
         self._progress = time.monotonic()
         self._num_steps = -1
-        self._why = ""
+        self.why = self._why = ""
         self._stopping = False
 
     @property
@@ -78,8 +81,9 @@ class Replica:
 
     @property
     def lost(self) -> bool:
-        """Whether it will hardly ever be ready again."""
-        return self.failure is not None or self._deaths >= LOST
+        """Whether what it is handed may never be answered: it has given up, or it was ready once and can't be again."""
+        failed = self._failed_starts >= (LOST if self.state == "starting" else 1)
+        return self.failure is not None or self.state == "stopped" or failed
 
     def stalled(self) -> float:
         """Seconds without progress, though it has work."""
@@ -90,7 +94,10 @@ class Replica:
     # ------------------------------------------------------------------------------------------------------------- life
 
     async def run(self) -> None:
-        """Keep a process running until cancelled, or until starting one is of no use."""
+        """Keep a process running until cancelled, or until starting one is of no use.
+
+        An error here counts as a death of the process: it is logged, and the next try follows after a pause.
+        """
         try:
             while self.failure is None and not self._stopping:
                 await self._live_once()
@@ -101,12 +108,16 @@ class Replica:
 
     async def _live_once(self) -> None:
         self._ready_since, self._why = None, ""
-        self._process = EngineProcess(self._sockets, self._spares, self._take)
-        status = await self._process.run(self._config, self.index)
-        why = self._why or _describe(status)
+        try:
+            ended = _describe(await self._run_process())
+        except Exception as error:
+            logger.exception("engine %d: its process can't be started or attended", self.index)
+            ended = f"{type(error).__name__}: {error}"
+        self.why = why = self._why or ended
         age = time.monotonic() - self._ready_since if self._ready_since is not None else 0.0
-        self._deaths = 0 if age >= YOUNG else self._deaths + 1
         was_ready = self._ready_since is not None
+        self._deaths = 0 if age >= YOUNG else self._deaths + 1
+        self._failed_starts += not was_ready
         self.state = "restarting" if self.state != "starting" or was_ready else "starting"
         tickets, self.tickets, self.probe = list(self.tickets.values()), {}, None
         if self._stopping:
@@ -114,6 +125,19 @@ class Replica:
         resumed = f"{len(tickets)} requests will be resumed"
         logger.error("engine %d died (%s); %s", self.index, why, resumed, extra={"pid": self.pid})
         self._owner.replica_died(self, tickets, why)
+
+    async def _run_process(self) -> int:
+        """The exit status of a new process, once it is dead; one that isn't ready in time is killed."""
+        self._process = EngineProcess(self._sockets, self._spares, self._take)
+        deadline = asyncio.get_running_loop().call_later(self._config.startup_timeout, self._check_started)
+        try:
+            return await self._process.run(self._config, self.index)
+        finally:
+            deadline.cancel()
+
+    def _check_started(self) -> None:
+        if self._ready_since is None:
+            self.kill(f"it wasn't ready within startup_timeout={self._config.startup_timeout:g} s")
 
     def _pause(self) -> float:
         """Nothing after the first death, then ever longer."""
@@ -169,6 +193,7 @@ class Replica:
             self._owner.replica_reported(self, message)
         elif isinstance(message, Ready):
             self._ready_since = self._progress = time.monotonic()
+            self._failed_starts = 0
             self.state = "ready"
             logger.info("engine %d is ready", self.index, extra={"pid": message.pid, "backend": message.backend})
             self._owner.replica_ready(self, message)

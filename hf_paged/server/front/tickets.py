@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_paged.params import SamplingParams
+from hf_paged.server.errors import invalid
 from hf_paged.server.front.engine import Submission
-from hf_paged.server.messages import Add, Delta
+from hf_paged.server.messages import Add, Delta, encode
 
 if TYPE_CHECKING:
     from hf_paged.server.front.replica import Replica
@@ -112,6 +114,18 @@ class Ticket:
         params = self.submission.params
         return (self.size if self.fresh else 0) + max(0, (params.max_tokens or 256) - len(self.output))
 
+    def check(self) -> None:
+        """Refuse a sequence that can't be packed for an engine, while nothing holds it yet.
+
+        Raises:
+            APIError: 400; a value of its parameters has no place in a message.
+        """
+        copy = self.submission.parent is not None  # of a prompt that was looked at with its parent
+        try:
+            encode(packed(self.submission.params) if copy else self.message(None))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise invalid(f"a value of the request can't be handed to an engine: {error}") from None
+
     def message(self, parent: Ticket | None) -> Add:
         """What an engine is told to take it from its next token."""
         submission, params = self.submission, packed(self.submission.params)
@@ -170,6 +184,12 @@ def packed(params: SamplingParams) -> dict[str, Any]:
         if name in _FRONTS_OWN or value == default:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {key: entry for key, entry in dataclasses.asdict(value).items() if entry is not None}
+            value = {field.name: _portable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            value = {key: entry for key, entry in value.items() if entry is not None}
         found[name] = value
     return found
+
+
+def _portable(value: Any) -> Any:
+    """A JSON schema as its text: msgpack has no integers of more than 64 bits, and JSON does."""
+    return json.dumps(value) if isinstance(value, Mapping) else value

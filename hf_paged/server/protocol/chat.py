@@ -6,14 +6,36 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from hf_paged.server.protocol.common import Bool, Int, Sampled, Str, Strict, Usage
+from hf_paged.server.protocol.common import (
+    MOST_TOOLS,
+    Bool,
+    CacheBreakpoint,
+    Int,
+    ListOf,
+    Metadata,
+    Sampled,
+    Str,
+    Strict,
+    Usage,
+    misfit,
+)
 
 
 class TextPart(Strict):
     """A part of a message; only text is understood."""
 
-    type: Literal["text"]
-    text: Str
+    kinds = "parts"
+    type: Literal["text", "refusal"]
+    text: Str = ""
+    refusal: Str | None = Field(None, description="The text of a part of the type 'refusal'.")
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> TextPart:
+        if self.type not in self.model_fields_set:
+            raise ValueError(f"a part of the type {self.type!r} needs {self.type}")
+        self.text = self.text if self.refusal is None else self.refusal
+        return self
 
 
 class FunctionCall(Strict):
@@ -21,33 +43,63 @@ class FunctionCall(Strict):
 
     name: Str
     arguments: Str
+    parsed_arguments: Any = Field(None, description="The arguments again, as the openai package parses them.")
 
 
 class ToolCall(Strict):
     """A call that an assistant's message made."""
 
+    kinds = "calls"
     id: Str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: Int | None = Field(None, description="Of a stream: its place among the calls.")
+
+
+class Audio(Strict):
+    """An answer that was spoken; what it said is its transcript."""
+
+    id: Str | None = None
+    data: Str | None = None
+    expires_at: Int | None = None
+    transcript: Str
 
 
 class Message(Strict):
-    """A message of a conversation."""
+    """A message of a conversation: one that was written, or an answer as it came, from OpenAI too."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Str | list[TextPart] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Str | ListOf[TextPart] | None = None
     name: Str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: ListOf[ToolCall] | None = None
     tool_call_id: Str | None = None
     refusal: Str | None = None
     reasoning_content: Str | None = None
+    function_call: FunctionCall | None = Field(None, description="The old form of a single entry of tool_calls.")
+    audio: Audio | None = Field(None, description="Its transcript is the content, where there is no other.")
+    annotations: list[Any] | None = Field(None, description="Of OpenAI's answers: where a text is from.")
+    parsed: Any = Field(None, description="The content again, as the openai package parses it.")
+
+    @model_validator(mode="after")
+    def _in_todays_form(self) -> Message:
+        """What OpenAI's older or spoken messages say, as the others say it."""
+        if self.function_call is not None:
+            if self.tool_calls:
+                raise ValueError("function_call and tool_calls both make calls; give tool_calls")
+            self.tool_calls = [ToolCall.model_validate({"function": self.function_call})]
+        if self.audio is not None and self.content is None:
+            self.content = self.audio.transcript
+        if self.role == "function":
+            self.role = "tool"
+        return self
 
     @model_validator(mode="after")
     def _has_something(self) -> Message:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError(f"a message of the role {self.role!r} needs content")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("only a message of the role 'assistant' has tool_calls")
+        if self.role != "assistant" and (self.tool_calls or self.audio):
+            name = "tool_calls" if self.tool_calls else "audio"
+            raise ValueError(f"only a message of the role 'assistant' has {name}")
         return self
 
 
@@ -63,6 +115,7 @@ class FunctionDefinition(Strict):
 class Tool(Strict):
     """Something that may be called."""
 
+    kinds = "tools"
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -76,46 +129,53 @@ class NamedFunction(Strict):
 class NamedTool(Strict):
     """The one that has to be called."""
 
+    kinds = "tool choices"
     type: Literal["function"] = "function"
     function: NamedFunction
+
+
+class Prediction(Strict):
+    """What much of the answer will be like; it could make the answer faster, and no other."""
+
+    type: Literal["content"]
+    content: Str | ListOf[TextPart]
 
 
 class ChatRequest(Sampled):
     """A conversation to be answered."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: ListOf[Message] = Field(min_length=1)
     max_completion_tokens: Int | None = Field(None, ge=1, le=2**31)
     max_tokens: Int | None = Field(None, ge=1, le=2**31, description="The old name of max_completion_tokens.")
     logprobs: Bool | None = False
     top_logprobs: Int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: ListOf[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Bool | None = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        None, description="Handed to the chat template, if it knows it."
-    )
-    modalities: list[Literal["text"]] | None = None
+    prediction: Prediction | None = None
+    modalities: ListOf[Literal["text"]] | None = None
     add_generation_prompt: Bool = True
     continue_final_message: Bool = False
     add_special_tokens: Bool = Field(False, description="The template writes them already.")
     echo: Literal[False] | None = Field(None, description="Use continue_final_message, or /v1/completions.")
-    documents: list[dict[str, Any]] | None = None
+    documents: ListOf[dict[str, Any]] | None = None
     chat_template: Str | None = Field(None, description="Needs --trust-request-chat-template.")
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
         if self.add_generation_prompt and self.continue_final_message:
-            raise ValueError("continue_final_message needs add_generation_prompt=false")
+            raise misfit("continue_final_message", "continue_final_message needs add_generation_prompt=false")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise misfit("max_tokens", "max_tokens and max_completion_tokens differ; give one")
+        if self.top_logprobs and not self.logprobs:
+            raise misfit("top_logprobs", "top_logprobs needs logprobs=true")
         names = [tool.function.name for tool in self.tools or []]
         if self.tool_choice not in (None, "none", "auto") and not names:
-            raise ValueError("tool_choice needs tools")
+            raise misfit("tool_choice", "tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+            name = self.tool_choice.function.name
+            raise misfit("tool_choice", f"tool_choice names {name!r}, which is not among the tools")
         return self
 
 
@@ -184,5 +244,7 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["default"] | None = None
     prompt_logprobs: list[dict[str, Any] | None] | None = None
     prompt_token_ids: list[int] | None = None

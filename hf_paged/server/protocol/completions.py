@@ -6,20 +6,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from hf_paged.server.protocol.common import Bool, Int, Sampled, Str, TokenId, Usage
+from hf_paged.server.protocol.common import Bool, Int, ListOf, Sampled, Str, TokenId, Usage
 
 
 class CompletionRequest(Sampled):
     """Text to be continued."""
 
-    prompt: Str | list[Str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Str | ListOf[Str] | ListOf[TokenId] | ListOf[ListOf[TokenId]] = Field(
         description="A text, several texts, token ids, or several lists of token ids."
     )
     max_tokens: Int | None = Field(16, ge=1, le=2**31)
     echo: Bool | None = Field(False, description="Begin the text with the prompt.")
     logprobs: Int | None = Field(None, ge=0, le=20)
-    best_of: Literal[1] | None = Field(None, description="Only 1; `n` gives several.")
-    suffix: None = Field(None, description="Not there.")
     add_special_tokens: Bool = True
 
 

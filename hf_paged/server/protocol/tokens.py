@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from hf_paged.server.protocol.chat import Message, Tool
-from hf_paged.server.protocol.common import Bool, Str, Strict, TokenId
+from hf_paged.server.protocol.common import MOST_TOOLS, Bool, ListOf, Str, Strict, TokenId, misfit
 
 
 class TokenizeRequest(Strict):
@@ -15,20 +15,20 @@ class TokenizeRequest(Strict):
 
     model: Str | None = None
     prompt: Str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: ListOf[Message] | None = Field(None, min_length=1)
     add_special_tokens: Bool | None = Field(None, description="By default for a prompt, and not for messages.")
     add_generation_prompt: Bool = True
     continue_final_message: Bool = False
-    tools: list[Tool] | None = None
+    tools: ListOf[Tool] | None = Field(None, max_length=MOST_TOOLS)
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: Bool | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise misfit("prompt", "give either prompt or messages")
         if self.add_generation_prompt and self.continue_final_message:
-            raise ValueError("continue_final_message needs add_generation_prompt=false")
+            raise misfit("continue_final_message", "continue_final_message needs add_generation_prompt=false")
         return self
 
 
@@ -45,7 +45,7 @@ class DetokenizeRequest(Strict):
     """Ids."""
 
     model: Str | None = None
-    tokens: list[TokenId]
+    tokens: ListOf[TokenId]
 
 
 class DetokenizeResponse(BaseModel):

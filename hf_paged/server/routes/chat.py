@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from hf_paged.server import heavy
+from hf_paged.server.bodies import BodyRoute
 from hf_paged.server.errors import invalid
 from hf_paged.server.generation import Call, Choice
 from hf_paged.server.protocol.chat import ChatRequest, ChatResponse
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.routes.chat_parts import ChatParts
-from hf_paged.server.routes.chat_prompt import effort, forced, plain
-from hf_paged.server.routes.respond import event, respond
-from hf_paged.server.sampling import constraint, needs_structured, sampling_params
-from hf_paged.server.text.logprobs import chat_logprobs, prompt_logprobs
+from hf_paged.server.routes.chat_prompt import forced, known_options, plain
+from hf_paged.server.routes.respond import event, prompt_logprobs_json, respond
+from hf_paged.server.sampling import Shape, needs_structured, sampling_params, shape_of
+from hf_paged.server.text.logprobs import chat_logprobs
 from hf_paged.server.text.stream import Piece
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERRORS, summary="Answer a conversation")
@@ -41,30 +44,33 @@ class _Answer:
 
     async def _start(self) -> None:
         body, call = self._body, self._call
-        structured = constraint(body.response_format, body.structured_outputs, call.ready)
+        shape = shape_of(body.response_format, body.structured_outputs, call.ready)
         if self._schema is not None:
-            if structured is not None:
+            if shape is not None:
                 raise invalid("tool_choice and response_format both shape the answer; give one", "tool_choice")
             if not call.ready.structured:
                 raise needs_structured("tool_choice")
-            structured = {"json": self._schema}
+            shape = Shape("tools", {"json": self._schema})
+        call.check_room(body.n or 1)
         text = await self._prompt()
         ids = await call.ids(text, special=body.add_special_tokens, param="messages")
-        room = call.room(ids, body.max_completion_tokens or body.max_tokens, "messages")
+        wanted = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
+        room = call.room(ids, "messages", **wanted)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = sampling_params(body, call.ready, max_tokens=room, logprobs=logprobs, structured=structured)
-        await call.start([(ids, params)])
+        make = functools.partial(sampling_params, max_tokens=room, logprobs=logprobs, shape=shape)
+        params = await heavy.run_if(call.has_long_lists, make, body, call.ready)
+        await call.start([(ids, params)], shape)
 
     async def _prompt(self) -> str:
         body, call = self._body, self._call
-        if body.chat_template is not None and not call.config.trust_request_chat_template:
+        if body.chat_template and not call.config.trust_request_chat_template:
             raise invalid("chat_template of a call needs --trust-request-chat-template", "chat_template")
         options = dict(body.chat_template_kwargs or {})
         template = body.chat_template or call.model_text.chat_template
-        options |= effort(body.reasoning_effort, template, "reasoning_effort")
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+        options |= known_options(template, reasoning_effort=body.reasoning_effort, verbosity=body.verbosity)
+        tools = (tool.model_dump(exclude_none=True) for tool in body.tools or [])
         return await call.model_text.render(
-            [plain(message) for message in body.messages],
+            map(plain, body.messages),
             tools=tools if body.tool_choice != "none" else None,
             documents=body.documents,
             chat_template=body.chat_template,
@@ -105,8 +111,10 @@ class _Answer:
                 one["token_ids"] += piece.tokens
                 extra["prompt_token_ids"] = list(choice.prompt)
             if self._body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-                extra["prompt_logprobs"] = prompt_logprobs(self._call.model_text, piece.prompt_logprobs)
+                extra["prompt_logprobs"] = await prompt_logprobs_json(self._call.model_text, piece.prompt_logprobs)
         choices = [_tidy(found[index]) for index in sorted(found)]
+        if self._body.metadata is not None:
+            extra["metadata"] = self._body.metadata
         return self._body_of(choices, "chat.completion") | {"usage": self._call.usage().model_dump()} | extra
 
     def _empty(self, choice: Choice) -> dict[str, Any]:
@@ -127,21 +135,21 @@ class _Answer:
             usage = {"usage": self._call.usage().model_dump()} if counted else {}
             if choice.index not in begun:
                 begun.add(choice.index)
-                yield event(self._first(choice, piece) | usage)
+                yield event(await self._first(choice, piece) | usage)
             chunk = self._chunk(choice, piece)
             if chunk is not None:
                 yield event(self._body_of([chunk], "chat.completion.chunk") | usage)
         if options and options.include_usage:
             yield event(self._body_of([], "chat.completion.chunk") | {"usage": self._call.usage().model_dump()})
 
-    def _first(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+    async def _first(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         one = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
         found = self._body_of([one], "chat.completion.chunk")
         if self._body.return_token_ids:
             found["prompt_token_ids"] = list(choice.prompt)
         if self._body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(self._call.model_text, piece.prompt_logprobs)
+            found["prompt_logprobs"] = await prompt_logprobs_json(self._call.model_text, piece.prompt_logprobs)
         return found
 
     def _chunk(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
@@ -160,11 +168,12 @@ class _Answer:
         return one
 
     def _logprobs(self, piece: Piece) -> Any:
-        return chat_logprobs(self._call.model_text, piece.tokens, piece.logprobs or [], self._body.top_logprobs or 0)
+        return chat_logprobs(self._call.model_text.tokens, piece, self._body.top_logprobs or 0)
 
     def _body_of(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
         call = self._call
-        return {"id": call.id, "object": kind, "created": call.created, "model": call.model, "choices": choices}
+        body = {"id": call.id, "object": kind, "created": call.created, "model": call.model, "choices": choices}
+        return body | ({"service_tier": "default"} if self._body.service_tier else {})
 
 
 def _tidy(one: dict[str, Any]) -> dict[str, Any]:

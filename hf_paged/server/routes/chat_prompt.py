@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_paged.server.errors import invalid
 from hf_paged.server.protocol.chat import Message, NamedTool, Tool
 
-ROLES = {"developer": "system"}  # templates know the older name
+# What of a message a template sees.
+_SHOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content"}
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message as a template takes it: text in one piece, arguments as mappings."""
-    found: dict[str, Any] = {"role": ROLES.get(message.role, message.role), "content": _text(message)}
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if getattr(message, name) is not None:
-            found[name] = getattr(message, name)
-    if message.tool_calls:
-        found["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": arguments_of(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    return found
+    """A message as `ModelText.render` takes it."""
+    return message.model_dump(include=_SHOWN, exclude_none=True)
 
 
-def _text(message: Message) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    if message.content is None:
-        return message.refusal or ""
-    return "\n".join(part.text for part in message.content)
+def known_options(template: str | None, **wanted: str | None) -> dict[str, str]:
+    """Those of the options that are given and that the template knows; the others could not change its text.
 
-
-def arguments_of(text: str) -> Any:
-    """A call's arguments as templates want them: parsed, if they are JSON."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def effort(wanted: str | None, template: str | None, param: str) -> dict[str, str]:
-    """The template's option for how much to think.
-
-    Raises:
-        APIError: 400, the template knows none.
+    Args:
+        template: the chat template; None: the tokenizer chooses it, and may know all of them.
+        wanted: the options, None where one isn't given.
     """
-    if wanted is None:
-        return {}
-    if "reasoning_effort" not in (template or ""):
-        raise invalid("the model's chat template knows no reasoning_effort; leave it out", param)
-    return {"reasoning_effort": wanted}
+    return {
+        name: value for name, value in wanted.items() if value is not None and (template is None or name in template)
+    }
 
 
 def forced(

@@ -9,17 +9,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from hf_paged.params import SamplingParams
+from hf_paged.server import heavy
+from hf_paged.server.bodies import BodyRoute
 from hf_paged.server.errors import invalid
-from hf_paged.server.generation import Call, Choice
-from hf_paged.server.messages import TokenLogprobs
+from hf_paged.server.generation import FEW, Call, Choice
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.completions import CompletionRequest, CompletionResponse
-from hf_paged.server.routes.respond import event, respond
-from hf_paged.server.sampling import constraint, sampling_params
-from hf_paged.server.text.logprobs import CompletionLogprobs, prompt_logprobs
+from hf_paged.server.routes.respond import event, prompt_logprobs_json, respond
+from hf_paged.server.sampling import Shape, sampling_params, shape_of
+from hf_paged.server.text.logprobs import CompletionLogprobs
 from hf_paged.server.text.stream import Piece
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
 MOST_PROMPTS = 1024
 
 
@@ -43,17 +44,22 @@ class _Answer:
     async def _start(self) -> None:
         body, call = self._body, self._call
         prompts = await self._prompts()
-        structured = constraint(body.response_format, body.structured_outputs, call.ready)
-        rooms = [call.room(ids, body.max_tokens, "prompt") for ids in prompts]
+        shape = shape_of(body.response_format, body.structured_outputs, call.ready)
+        large = len(prompts) > FEW or call.has_long_lists
+        await call.start(await heavy.run_if(large, self._with_params, prompts, shape), shape)
+
+    def _with_params(self, prompts: list[list[int]], shape: Shape | None) -> list[tuple[list[int], SamplingParams]]:
+        body, call = self._body, self._call
+        rooms = [call.room(ids, "prompt", max_tokens=body.max_tokens) for ids in prompts]
         params: list[tuple[list[int], SamplingParams]] = []
         for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
-            one = sampling_params(body, call.ready, max_tokens=room, logprobs=body.logprobs, structured=structured)
+            one = sampling_params(body, call.ready, max_tokens=room, logprobs=body.logprobs, shape=shape)
             if body.echo and body.logprobs is not None and one.prompt_logprobs is None:
                 one = one.replace(prompt_logprobs=body.logprobs)
             if body.seed is not None and number:  # prompts of one call draw differently
                 one = one.replace(seed=body.seed + number * one.n)
             params.append((ids, one))
-        await call.start(params)
+        return params
 
     async def _prompts(self) -> list[list[int]]:
         given, call = self._body.prompt, self._call
@@ -62,6 +68,7 @@ class _Answer:
             raise invalid("the prompt is empty; give at least one token", "prompt")
         if len(items) > MOST_PROMPTS:
             raise invalid(f"{len(items)} prompts are more than the {MOST_PROMPTS} that a call may have", "prompt")
+        call.check_room(len(items) * (self._body.n or 1))
         found = []
         for item in items:
             if isinstance(item, str):
@@ -69,13 +76,15 @@ class _Answer:
                 self._texts.append(item)
             else:
                 found.append(call.cut(self._known(item)))
+                if self._body.echo:
+                    call.room(found[-1], "prompt", max_tokens=self._body.max_tokens)  # before all of it is decoded
                 self._texts.append(await call.model_text.decode(item) if self._body.echo else "")
         return found
 
     def _known(self, ids: list[int]) -> list[int]:
         size = self._call.ready.vocab_size
-        wrong = next((token for token in ids if token >= size), None)
-        if wrong is not None:
+        if ids and max(ids) >= size:
+            wrong = next(token for token in ids if token >= size)
             raise invalid(f"token id {wrong} in the prompt is outside the vocabulary (0 to {size - 1})", "prompt")
         return ids
 
@@ -86,7 +95,7 @@ class _Answer:
         await self._start()
         found: dict[int, dict[str, Any]] = {}
         async for choice, piece in self._call.pieces():
-            part = self._part(choice, piece, first=choice.index not in found)
+            part = await self._part(choice, piece, first=choice.index not in found)
             _extend(found.setdefault(choice.index, {}), part)
         choices = [found[index] for index in sorted(found)]
         return self._body_of(choices) | {"usage": self._call.usage().model_dump()}
@@ -98,7 +107,7 @@ class _Answer:
         counted = bool(options and options.continuous_usage_stats)
         begun: set[int] = set()
         async for choice, piece in self._call.pieces():
-            part = self._part(choice, piece, first=choice.index not in begun)
+            part = await self._part(choice, piece, first=choice.index not in begun)
             begun.add(choice.index)
             if part["text"] or part["finish_reason"] or part["logprobs"] or part.get("token_ids"):
                 usage = {"usage": self._call.usage().model_dump()} if counted else {}
@@ -116,30 +125,34 @@ class _Answer:
             "choices": choices,
         }
 
-    def _part(self, choice: Choice, piece: Piece, first: bool) -> dict[str, Any]:
+    async def _part(self, choice: Choice, piece: Piece, first: bool) -> dict[str, Any]:
         body, text = self._body, piece.text
-        logprobs = self._logprobs_of(choice, piece) if body.logprobs is not None else None
-        if first and body.echo:
-            text = self._texts[choice.index // (body.n or 1)] + text
+        echoed = self._texts[choice.index // (body.n or 1)] if first and body.echo else ""
+        logprobs = None
+        if body.logprobs is not None:
+            long = len(piece.prompt_logprobs or ()) > FEW
+            logprobs = await heavy.run_if(long, self._logprobs_of, choice, piece, echoed)
+        text = echoed + text
         part: dict[str, Any] = {"index": choice.index, "text": text, "logprobs": logprobs}
         part |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
         if body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-            part["prompt_logprobs"] = prompt_logprobs(self._call.model_text, piece.prompt_logprobs)
+            part["prompt_logprobs"] = await prompt_logprobs_json(self._call.model_text, piece.prompt_logprobs)
         if body.return_token_ids:
             part["token_ids"] = list(piece.tokens)
             if first:
                 part["prompt_token_ids"] = list(choice.prompt)
         return part
 
-    def _logprobs_of(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
+    def _logprobs_of(self, choice: Choice, piece: Piece, echoed: str) -> dict[str, Any] | None:
         count = self._body.logprobs
         assert count is not None
-        builder = self._logprobs.setdefault(choice.index, CompletionLogprobs(self._call.model_text, count))
-        tokens: list[int] = list(piece.tokens)
-        entries: list[TokenLogprobs | None] = list(piece.logprobs or [])
+        builder = self._logprobs.setdefault(choice.index, CompletionLogprobs(self._call.model_text.tokens, count))
+        found: dict[str, Any] = {}
         if self._body.echo and piece.prompt_logprobs is not None:
-            tokens, entries = [*choice.prompt, *tokens], [*piece.prompt_logprobs, *entries]
-        return builder.add(tokens, entries) if tokens else None
+            found = builder.prompt(choice.prompt, piece.prompt_logprobs, echoed)
+        if piece.tokens:
+            _extend_logprobs(found, builder.output(piece))
+        return found or None
 
 
 def _extend(whole: dict[str, Any], part: dict[str, Any]) -> None:
@@ -149,9 +162,13 @@ def _extend(whole: dict[str, Any], part: dict[str, Any]) -> None:
         if before is None:
             whole[name] = value
         elif name == "logprobs" and value is not None:
-            for key, entries in value.items():
-                before[key] += entries
+            _extend_logprobs(before, value)
         elif name in ("text", "token_ids"):
             whole[name] = before + value
         elif value is not None:
             whole[name] = value
+
+
+def _extend_logprobs(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, entries in part.items():
+        whole[name] = whole.get(name, []) + entries

@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from hf_paged.server import heavy
 from hf_paged.server.errors import APIError
-from hf_paged.server.generation import Call
+from hf_paged.server.generation import FEW, Call
+from hf_paged.server.messages import TokenLogprobs
+from hf_paged.server.text.logprobs import prompt_logprobs
+from hf_paged.server.text.model_text import ModelText
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 CLIENT_GONE = 499  # nginx's status for it; nobody reads it but the logs
-_to_json = msgspec.json.Encoder().encode
+to_json = msgspec.json.Encoder().encode
 
 
 class ClientGone(Exception):
@@ -31,7 +35,29 @@ class ClientGone(Exception):
 def event(data: Any, name: str | None = None) -> bytes:
     """A server-sent event."""
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + _to_json(data) + b"\n\n"
+    return head + b"data: " + to_json(data) + b"\n\n"
+
+
+def whole_json(body: dict[str, Any]) -> bytes:
+    """An answer's body, its choices one by one: other threads run in between."""
+    choices = body.get("choices", [])
+    if len(choices) < 2:
+        return to_json(body)
+    return to_json(body | {"choices": _joined(choices)})
+
+
+async def prompt_logprobs_json(text: ModelText, entries: Sequence[TokenLogprobs | None]) -> msgspec.Raw:
+    """The `prompt_logprobs` of an answer, as JSON. Of a long prompt they are many: a thread writes them."""
+    return await heavy.run_if(len(entries) > FEW, _prompt_logprobs, text, entries)
+
+
+def _prompt_logprobs(text: ModelText, entries: Sequence[TokenLogprobs | None]) -> msgspec.Raw:
+    return _joined([(prompt_logprobs(text.tokens, [entry]) or [None])[0] for entry in entries])
+
+
+def _joined(values: Sequence[Any]) -> msgspec.Raw:
+    """A list's JSON, written member by member."""
+    return msgspec.Raw(b"[" + b",".join(map(to_json, values)) + b"]")
 
 
 async def respond(
@@ -55,7 +81,9 @@ async def respond(
     handed_on = False
     try:
         if not stream:
-            return JSONResponse(await unless_gone(request, answer()))
+            found = await unless_gone(request, answer())
+            many = len(call.choices) > FEW or sum(choice.tokens for choice in call.choices) > heavy.MANY
+            return Response(await heavy.run_if(many, whole_json, found), media_type="application/json")
         source = events()
         try:
             first = await unless_gone(request, _first(source))

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from hf_paged.params import SamplingParams
+from hf_paged.server import heavy
+from hf_paged.server.bodies import BodyRoute
 from hf_paged.server.errors import invalid
 from hf_paged.server.generation import Call
 from hf_paged.server.protocol.common import ERRORS
-from hf_paged.server.protocol.responses import (
-    InputCall,
-    InputCallOutput,
-    InputMessage,
-    InputText,
-    ResponseBody,
-    ResponsesRequest,
-)
+from hf_paged.server.protocol.responses import ResponseBody, ResponsesRequest
 from hf_paged.server.routes.chat_parts import ChatParts
-from hf_paged.server.routes.chat_prompt import ROLES, arguments_of, effort, forced
+from hf_paged.server.routes.chat_prompt import forced
 from hf_paged.server.routes.respond import event, respond
-from hf_paged.server.sampling import needs_structured, sampling_params
+from hf_paged.server.routes.responses_prompt import prompt_of
+from hf_paged.server.sampling import Shape, needs_structured, sampling_params
 from hf_paged.server.text.logprobs import chat_logprobs
 from hf_paged.server.text.stream import Piece
 from hf_paged.server.text.tools import ParsedCall
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
+# Fields of a call that its answer repeats as they are.
+_REPEATED = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "top_logprobs", "user")
 
 
 @router.post("/v1/responses", response_model=ResponseBody, responses=ERRORS, summary="Answer, statelessly")
@@ -63,47 +62,31 @@ class _Answer:
 
     async def _start(self) -> None:
         body, call = self._body, self._call
-        text = await call.model_text.render(
-            self._messages(),
-            tools=[tool.model_dump(exclude_none=True) for tool in self._tools] if body.tool_choice != "none" else None,
-            template_options=effort(
-                body.reasoning.effort if body.reasoning else None, call.model_text.chat_template, "reasoning.effort"
-            ),
-        )
+        text = await prompt_of(body, self._tools, call.model_text)
         ids = await call.ids(text, special=False, param="input")
-        self._params = sampling_params(
-            body,
-            call.ready,
-            max_tokens=call.room(ids, body.max_output_tokens, "input"),
-            logprobs=(body.top_logprobs or 0) if body.include else None,
-            structured=self._constraint(),
+        shape = self._shape()
+        make = functools.partial(
+            sampling_params,
+            max_tokens=call.room(ids, "input", max_output_tokens=body.max_output_tokens),
+            logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+            shape=shape,
         )
-        await call.start([(ids, self._params)])
+        self._params = await heavy.run_if(call.has_long_lists, make, body, call.ready)
+        await call.start([(ids, self._params)], shape)
 
-    def _constraint(self) -> Mapping[str, Any] | None:
+    def _shape(self) -> Shape | None:
         form = self._body.text.format if self._body.text else None
-        found: dict[str, Any] | None = None
+        found: Shape | None = None
         if form is not None and form.type == "json_object":
-            found = {"json_object": True}
+            found = Shape("text.format", {"json_object": True})
         elif form is not None and form.type == "json_schema":
-            found = {"json": form.schema_ or {}}
+            found = Shape("text.format", {"json": form.schema_ or {}})
         if self._schema is not None:
             if found is not None:
                 raise invalid("tool_choice and text.format both shape the answer; give one", "tool_choice")
-            found = {"json": self._schema}
+            found = Shape("tools", {"json": self._schema})
         if found is not None and not self._call.ready.structured:
             raise needs_structured("text.format" if self._schema is None else "tool_choice")
-        return found
-
-    def _messages(self) -> list[dict[str, Any]]:
-        body = self._body
-        found = [{"role": "system", "content": body.instructions}] if body.instructions else []
-        if isinstance(body.input, str):
-            return [*found, {"role": "user", "content": body.input}]
-        if not body.input:
-            raise invalid("the input is empty", "input")
-        for item in body.input:
-            _add(found, item)
         return found
 
     # ---------------------------------------------------------------------------------------------------------- answers
@@ -134,12 +117,13 @@ class _Answer:
                 entries = self._entries(piece)
                 yield self._event("response.output_text.delta", **place, delta=text, logprobs=entries)
             if calls and self._text and len(self._calls) == len(calls):
-                for one in self._message_ends():
+                for one in self._message_ends("completed"):
                     yield one
             for one in itertools.chain.from_iterable(self._call_events(entry) for entry in calls):
                 yield one
-        if self._text and not self._calls:
-            for one in self._message_ends():
+        if not self._calls:
+            begun_late = [] if self._text else self._message_begins()
+            for one in [*begun_late, *self._message_ends(self._status)]:
                 yield one
         name = "response.completed" if self._status == "completed" else "response.incomplete"
         yield self._event(name, response=self._response(complete=True))
@@ -156,8 +140,8 @@ class _Answer:
             self._event("response.content_part.added", **place, part=part),
         ]
 
-    def _message_ends(self) -> list[bytes]:
-        item = self._message("completed")
+    def _message_ends(self, status: str) -> list[bytes]:
+        item = self._message(status)
         place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
         return [
             self._event("response.output_text.done", **place, text=self._text, logprobs=self._logprobs),
@@ -189,10 +173,10 @@ class _Answer:
         return text, calls
 
     def _entries(self, piece: Piece) -> list[Any]:
-        if not self._body.include:
+        if not self._body.wants_logprobs:
             return []
-        count = self._body.top_logprobs or 0
-        return chat_logprobs(self._call.model_text, piece.tokens, piece.logprobs or [], count)["content"]
+        found: list[Any] = chat_logprobs(self._call.model_text.tokens, piece, self._body.top_logprobs or 0)["content"]
+        return found
 
     @property
     def _status(self) -> str:
@@ -213,7 +197,8 @@ class _Answer:
         assert params is not None
         output: list[dict[str, Any]] = []
         if complete:
-            output = [self._message(self._status)] if self._text or not self._calls else []
+            said = self._message("completed" if self._calls else self._status)  # a message before calls is over
+            output = [said] if self._text or not self._calls else []
             output += [_call_item(entry) for entry in self._calls]
         status = self._status if complete else "in_progress"
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
@@ -237,10 +222,14 @@ class _Answer:
             if body.text
             else {"format": {"type": "text"}},
             "tool_choice": _dumped(body.tool_choice) or "auto",
-            "tools": [tool.model_dump() for tool in body.tools or []],
+            "tools": [tool.told() for tool in body.tools or []],
             "truncation": "disabled",
             "metadata": body.metadata or {},
             "usage": self._usage() if complete else None,
+            "background": False,
+            "reasoning": body.reasoning.model_dump(exclude_none=True) if body.reasoning else None,
+            "service_tier": "default" if body.service_tier else None,
+            **{name: getattr(body, name) for name in _REPEATED},
         }
 
     def _usage(self) -> dict[str, Any]:
@@ -253,26 +242,6 @@ class _Answer:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.total_tokens,
         }
-
-
-def _add(messages: list[dict[str, Any]], item: InputMessage | InputCall | InputCallOutput) -> None:
-    """Add an input item to the messages; calls that follow one another are one message."""
-    if isinstance(item, InputMessage):
-        messages.append({"role": ROLES.get(item.role, item.role), "content": _text(item.content)})
-        return
-    if isinstance(item, InputCallOutput):
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
-        return
-    function = {"name": item.name, "arguments": arguments_of(item.arguments)}
-    call = {"id": item.call_id, "type": "function", "function": function}
-    if messages and messages[-1]["role"] == "assistant":
-        messages[-1].setdefault("tool_calls", []).append(call)
-    else:
-        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-
-
-def _text(content: str | list[InputText]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 def _call_item(entry: tuple[str, ParsedCall]) -> dict[str, Any]:

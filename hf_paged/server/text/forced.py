@@ -54,6 +54,7 @@ class NamedCall:
 
 
 _NAME = re.compile(r'\s*(?:\[|\}\s*,)\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")')  # of the first call, or the next one
+_LONGEST = 2048  # characters of the text before a call's arguments; what is still none of it then, will be none
 _KEY = re.compile(r'\s*,\s*"(?:parameters|arguments)"\s*:\s*(?=\S)')
 
 
@@ -72,6 +73,7 @@ class CallList:
         self._names = names
         self._most = most
         self._text = ""  # not parsed yet
+        self._in_vain = 0  # characters of it that neither a name nor a key was found in
         self._count = 0
         self._call: ParsedCall | None = None  # the one that is being written
         self._value: _JSONValue | None = None  # its arguments, once they begin
@@ -93,13 +95,13 @@ class CallList:
         """Whether a call begins: its name is known."""
         if self._call is not None or self._count == self._most:
             return False
-        found = _NAME.match(self._text)
+        found = self._match(_NAME)
         if found is None:
             return False
         name = _string(found[1])
         if name not in self._names:
             return False
-        self._text = self._text[found.end() :]
+        self._take(found.end())
         self._call = ParsedCall(name, "")
         new[self._count] = CallDelta(self._count, begun=self._call)
         self._count += 1
@@ -110,13 +112,12 @@ class CallList:
         if self._call is None:
             return False
         if self._value is None:
-            found = _KEY.match(self._text)
+            found = self._match(_KEY)
             if found is None:
                 return False
-            self._text = self._text[found.end() :]
+            self._take(found.end())
             self._value = _JSONValue()
-        size = self._value.take(self._text)
-        written, self._text = self._text[:size], self._text[size:]
+        written = self._take(self._value.take(self._text))
         if written:
             self._call.arguments += written
             new.setdefault(self._count - 1, CallDelta(self._count - 1)).arguments += written
@@ -125,6 +126,17 @@ class CallList:
         over.append(self._call)
         self._call = self._value = None
         return True
+
+    def _match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """The pattern at the beginning of the text. A text that was too long for it before isn't looked at again."""
+        found = pattern.match(self._text) if self._in_vain <= _LONGEST else None
+        self._in_vain = len(self._text)
+        return found
+
+    def _take(self, count: int) -> str:
+        taken, self._text = self._text[:count], self._text[count:]
+        self._in_vain = 0
+        return taken
 
     def _otherwise(self) -> tuple[str, list[ParsedCall], list[CallDelta]]:
         text, calls = ToolParser(self._names, "json").add(self._text, last=True)
@@ -175,5 +187,5 @@ def _string(text: str) -> Any:
     """What a JSON string says, or None: it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except ValueError:  # it has no brackets to be too deep with
         return None

@@ -6,62 +6,86 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_paged.server.messages import TokenLogprobs
-from hf_paged.server.text.model_text import ModelText
+from hf_paged.server.text.stream import Piece
+from hf_paged.text.tokens import TextOffset, TokenTexts, named
 
 LEAST = -9999.0  # JSON has no minus infinity
 
 
 class CompletionLogprobs:
-    """Builds the `logprobs` of /v1/completions for one choice, piece by piece."""
+    """Builds the `logprobs` of /v1/completions for one choice, piece by piece.
 
-    def __init__(self, text: ModelText, count: int) -> None:
-        self._text = text
+    Tokens are named by what they add to the choice's text, so that they join to it. What is no text of it, such as a
+    special token that is skipped, is named all the same, and begins where the next one does.
+
+    Args:
+        texts: of the model's tokens.
+        count: how many of the likeliest tokens to report.
+    """
+
+    def __init__(self, texts: TokenTexts, count: int) -> None:
+        self._texts = texts
         self._count = count
-        self._offset = 0
+        self._offset = TextOffset()
 
-    def add(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
-        """The part for these tokens. An entry that is None: nothing is known of that token, the first of a prompt."""
+    def prompt(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], text: str) -> dict[str, Any]:
+        """The part for an echoed prompt, whose text is `text`. Nothing is known of its first token: it has no entry."""
+        return self._add(tokens, entries, self._texts.bytes_of_prompt(tokens, text))
+
+    def output(self, piece: Piece) -> dict[str, Any]:
+        """The part for the tokens of a piece."""
+        return self._add(piece.tokens, piece.logprobs or [], piece.bytes)
+
+    def _add(
+        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None], pieces: Sequence[bytes]
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for token, entry in zip(tokens, entries, strict=False):
-            shown = self._text.token(token)
-            found["text_offset"].append(self._offset)
-            self._offset += len(shown)
-            found["tokens"].append(shown)
+        for token, entry, piece in zip(tokens, entries, pieces, strict=True):
+            name = named(piece) if piece else self._texts.name(token)
+            found["text_offset"].append(self._offset.characters)
+            self._offset.add(piece)
+            found["tokens"].append(name)
             found["token_logprobs"].append(None if entry is None else finite(entry.logprobs[0]))
-            top = None
-            if entry is not None:
-                best = best_of(entry, self._count)
-                top = {self._text.token(i): finite(value) for i, value in best}
-            found["top_logprobs"].append(top)
+            found["top_logprobs"].append(None if entry is None else self._best(entry, name))
         return found
 
+    def _best(self, entry: TokenLogprobs, own: str) -> dict[str, float]:
+        """The likeliest tokens by name. Each name is there once: further tokens of the same text are `token_id:7`."""
+        names = {entry.ids[0]: own}
+        taken = {own}
+        for token in entry.ids[1:]:
+            name = self._texts.name(token)
+            names[token] = f"token_id:{token}" if name in taken else name
+            taken.add(name)
+        return {names[token]: finite(value) for token, value in best_of(entry, self._count)}
 
-def chat_logprobs(text: ModelText, tokens: Sequence[int], entries: Sequence[TokenLogprobs], count: int) -> Any:
-    """The `logprobs` of /v1/chat/completions for these tokens."""
 
-    def shown(token: int, value: float) -> dict[str, Any]:
-        word = text.token(token)
-        return {"token": word, "logprob": finite(value), "bytes": list(word.encode("utf-8", "replace"))}
-
-    content = [
-        shown(token, entry.logprobs[0]) | {"top_logprobs": [shown(*one) for one in best_of(entry, count)]}
-        for token, entry in zip(tokens, entries, strict=False)
-    ]
+def chat_logprobs(texts: TokenTexts, piece: Piece, count: int) -> dict[str, Any]:
+    """The `logprobs` of /v1/chat/completions for the tokens of a piece. Their `bytes` join to the answer's text."""
+    content = []
+    for token, entry, own in zip(piece.tokens, piece.logprobs or [], piece.bytes, strict=True):
+        best = [_shown(texts.name(i), value, texts.bytes_of(i)) for i, value in best_of(entry, count)]
+        name = named(own) if own else texts.name(token)
+        content.append(_shown(name, entry.logprobs[0], own) | {"top_logprobs": best})
     return {"content": content, "refusal": None}
 
 
+def _shown(name: str, value: float, piece: bytes) -> dict[str, Any]:
+    return {"token": name, "logprob": finite(value), "bytes": list(piece)}
+
+
 def prompt_logprobs(
-    text: ModelText, entries: Sequence[TokenLogprobs | None] | None
+    texts: TokenTexts, entries: Sequence[TokenLogprobs | None] | None
 ) -> list[dict[str, Any] | None] | None:
     """The `prompt_logprobs` of vLLM's answers: for each prompt token id -> its log-probability, rank and text."""
     if entries is None:
         return None
-    return [None if entry is None else _by_id(text, entry) for entry in entries]
+    return [None if entry is None else _by_id(texts, entry) for entry in entries]
 
 
-def _by_id(text: ModelText, entry: TokenLogprobs) -> dict[str, Any]:
+def _by_id(texts: TokenTexts, entry: TokenLogprobs) -> dict[str, Any]:
     return {
-        str(token): {"logprob": finite(value), "rank": rank, "decoded_token": text.token(token)}
+        str(token): {"logprob": finite(value), "rank": rank, "decoded_token": texts.name(token)}
         for token, value, rank in zip(entry.ids, entry.logprobs, entry.ranks, strict=True)
     }
 
@@ -73,5 +97,5 @@ def best_of(entry: TokenLogprobs, count: int) -> list[tuple[int, float]]:
 
 
 def finite(value: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(value, LEAST)
+    """A log-probability that JSON can hold, NaN included."""
+    return value if value > LEAST else LEAST

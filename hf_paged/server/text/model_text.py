@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
-
-from hf_paged.errors import ConfigError
-from hf_paged.hf.detokenize import banned_ids
+from hf_paged.errors import ConfigError, InvalidRequestError
 from hf_paged.hf.load import load_tokenizer
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
+from hf_paged.text.bad_words import banned_ids
+from hf_paged.text.templates import render
+from hf_paged.text.tokens import TokenTexts
 
 T = TypeVar("T")
 
 THREADS = 4
+LONG_THREADS = 2
+LONG = 2**18  # characters of a text that has to leave the other threads to shorter ones
+MOST_WAITING = 2**26  # characters that wait to be tokenised, or are; a single text may be longer
+MOST_TOKENS = 2**18  # ids that a text may become, or that may become a text, where the model takes fewer
 PIECE = 50_000  # characters that are tokenised at a time to see whether a text is too long
 SEAM = 8  # tokens that cutting a text may add at a seam
-RESERVED = ("messages", "tools", "documents", "chat_template", "tokenize", "return_tensors", "return_dict", "padding",
-            "truncation", "max_length", "conversation", "add_generation_prompt", "continue_final_message")  # fmt: skip
+
+
+class _TooLong(Exception):
+    """A text has more tokens than this."""
 
 
 class ModelText:
@@ -32,6 +39,9 @@ class ModelText:
     Args:
         tokenizer: the model's.
         chat_template: instead of the tokenizer's own.
+
+    Attributes:
+        tokens: the text and the bytes of single tokens.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
@@ -39,7 +49,10 @@ class ModelText:
         own = tokenizer.chat_template
         self.chat_template = chat_template or (own if isinstance(own, str) else None)
         self._several = isinstance(own, dict)  # the tokenizer chooses by whether there are tools
+        self.tokens = TokenTexts(tokenizer)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
+        self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="long-text")
+        self._characters = 0  # that wait, or are tokenised
 
     @classmethod
     def load(cls, config: ServerConfig) -> ModelText:
@@ -61,36 +74,57 @@ class ModelText:
         return frozenset(i for i in [self.tokenizer.eos_token_id] if i is not None)
 
     async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a function in a thread."""
+        """Call a function in a thread. It is not begun if the caller is cancelled before."""
         call = functools.partial(function, *arguments, **options)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._long_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # -------------------------------------------------------------------------------------------------- text to ids
 
-    async def encode(self, text: str, *, special: bool, most: int | None, param: str) -> list[int]:
-        """The ids of a text.
+    async def encode(self, text: str, *, special: bool, most: int, param: str, context: bool = True) -> list[int]:
+        """The ids of a text. Cancelled, it ends soon.
 
         Args:
             special: add the special tokens that the tokenizer adds.
             most: ids that may come of it; a text that is far too long is refused before all of it is tokenised.
             param: the field that the text is from.
+            context: `most` is the model's context length; else it is only the server's limit.
 
         Raises:
-            APIError: 400, it is too long.
+            APIError: 400, it is too long; 429, too much text waits to be tokenised.
         """
-        return await self.run(self._encode, text, special, most, param)
+        if self._characters and self._characters + len(text) > MOST_WAITING:
+            message = f"{self._characters} characters of text wait to be tokenised, and {MOST_WAITING} may"
+            raise APIError(429, message, param=param, code="queue_full", retry_after=2)
+        threads = self._threads if len(text) <= LONG else self._long_threads
+        gone = threading.Event()
+        call = functools.partial(self._encode, text, special, most, gone)
+        self._characters += len(text)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
+        except _TooLong as error:
+            if context:
+                raise too_long(f"more than {error}", most, param) from None
+            raise invalid(
+                f"the {param} is more than {error} tokens; the server tokenises at most {most}", param
+            ) from None
+        finally:
+            self._characters -= len(text)
+            gone.set()
 
-    def _encode(self, text: str, special: bool, most: int | None, param: str) -> list[int]:
-        if most is not None and len(text) > max(PIECE, most):
+    def _encode(self, text: str, special: bool, most: int, gone: threading.Event) -> list[int]:
+        if len(text) > max(PIECE, most):
             seen = 0
             for number, start in enumerate(range(0, len(text), PIECE)):
+                if gone.is_set():
+                    return []
                 seen += len(self.tokenizer.encode(text[start : start + PIECE], add_special_tokens=False))
                 if seen > most + SEAM * (number + 1):
-                    raise too_long(f"more than {seen - SEAM * (number + 1)}", most, param)
+                    raise _TooLong(seen - SEAM * (number + 1))
         return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -98,29 +132,37 @@ class ModelText:
         return await self.run(lambda: [self.tokenizer.encode(text, add_special_tokens=False) for text in texts])
 
     async def banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The token sequences of bad words."""
-        return await self.run(banned_ids, self.tokenizer, words)
+        """The token sequences of bad words.
+
+        Raises:
+            APIError: 400, the tokenizer has no tokens for one.
+        """
+        try:
+            return await self.run(banned_ids, self.tokenizer, words)
+        except InvalidRequestError as error:
+            raise invalid(str(error), "bad_words") from error
 
     async def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ids."""
         return await self.run(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special)
 
-    def token(self, token: int) -> str:
-        """The text of one id."""
-        return self.tokenizer.decode([token])
-
     async def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Iterable[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Iterable[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_options: Mapping[str, Any] | None = None,
+        param: str = "messages",
     ) -> str:
         """What the chat template makes of a conversation.
+
+        Args:
+            messages, tools: gone through in a thread, so that a generator may be what makes them.
+            param: the field that the conversation is from.
 
         Raises:
             APIError: 400, there is no template, or it refuses the conversation.
@@ -128,35 +170,32 @@ class ModelText:
         template = chat_template or self.chat_template
         if not template and not self._several:
             raise invalid(
-                "the model has no chat template; start the server with --chat-template, or use /v1/completions"
+                "the model has no chat template; start the server with --chat-template, or use /v1/completions", param
             )
-        options = dict(template_options or {})
-        if taken := sorted(set(options) & set(RESERVED)):
-            raise invalid(f"chat_template_kwargs can't set {taken[0]!r}", "chat_template_kwargs")
-        call = functools.partial(
-            self.tokenizer.apply_chat_template,
-            list(messages),
-            tools=list(tools) if tools else None,
-            documents=list(documents) if documents else None,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-            **options,
-        )
         try:
-            return await self.run(call)
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise invalid(f"the chat template refuses these messages: {error}", "messages") from error
+            return await self.run(
+                lambda **given: render(
+                    self.tokenizer, list(messages), tools=None if tools is None else list(tools), **given
+                ),
+                documents=documents,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                options=template_options,
+            )
+        except ConfigError as error:
+            raise invalid(str(error), "chat_template_kwargs") from error
+        except InvalidRequestError as error:
+            raise invalid(str(error), param) from error
 
 
-def too_long(count: int | str, most: int, param: str, output: int = 0) -> APIError:
-    """The 400 for a prompt that doesn't fit."""
+def too_long(count: int | str, most: int, param: str, output: int = 0, fault: str | None = None) -> APIError:
+    """The 400 for a prompt that doesn't fit. `param`: the field that it is from; `fault`: another one, to be named."""
     wanted = f" and {output} in the completion" if output else ""
     return invalid(
         f"This model's maximum context length is {most} tokens, but the request has {count} in the {param}{wanted}; "
         "shorten one of them",
-        param,
+        fault or param,
         "context_length_exceeded",
     )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-from hf_paged.hf.detokenize import Detokenizer
 from hf_paged.params import SamplingParams
 from hf_paged.server.messages import Delta, TokenLogprobs
+from hf_paged.text.detokenizer import Detokenizer
+from hf_paged.text.stops import find_stop, silent_ends
+from hf_paged.text.tokens import TokenTexts
 
 
 @dataclasses.dataclass
@@ -19,6 +20,7 @@ class Piece:
         text: to be shown now; what may turn out to begin a stop string is held back.
         tokens: those that count, up to a stop string's last one.
         logprobs: of these tokens, where asked for. prompt_logprobs: once, where asked for.
+        bytes: what each of these tokens adds to the output's text, where log-probabilities are asked for.
         cached: prompt tokens that the prefix cache gave; once.
         finish_reason, stop_reason: at the end.
     """
@@ -26,6 +28,7 @@ class Piece:
     text: str = ""
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    bytes: list[bytes] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     cached: int | None = None
     finish_reason: str | None = None
@@ -36,23 +39,26 @@ class TextStream:
     """Decodes one sequence and looks for its stop strings.
 
     Args:
-        tokenizer: the model's.
+        texts: of the model's tokens.
         prompt: ids before the output.
         params: with the stop strings, and how special tokens are treated.
-        ends: ids that end the output and are no text of it.
+        eos: ids that end the output, beside those of `params`.
 
     Attributes:
         num_tokens: tokens that count so far.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams, ends: frozenset[int] = frozenset()
+        self, texts: TokenTexts, prompt: Sequence[int], params: SamplingParams, eos: frozenset[int] = frozenset()
     ) -> None:
         self.num_tokens = 0
-        self._detokenizer = Detokenizer(tokenizer, prompt, params) if params.detokenize else None
+        self._texts = texts
+        self._skipped = texts.special if params.skip_special_tokens else frozenset()
+        self._detokenizer = Detokenizer(texts.tokenizer, prompt, params) if params.detokenize else None
+        self._opens = self._detokenizer is not None and self._detokenizer.opens
         self._stops = tuple(params.stop or ())
         self._keep = params.include_stop_str_in_output
-        self._ends = frozenset() if self._keep else ends.union(params.stop_token_ids or ())
+        self._ends = silent_ends(params, eos)
         self._min_tokens = params.min_tokens
         self._shown = 0
 
@@ -68,6 +74,7 @@ class TextStream:
         )
         if self._detokenizer is None:
             self.num_tokens += len(delta.tokens)
+            piece.bytes = self._bytes_of(piece)
             return piece
         found = self._decode(delta, self._detokenizer)
         if found is not None:
@@ -79,6 +86,7 @@ class TextStream:
         else:
             text = self._detokenizer.text
             end = len(text) if delta.finish is not None else len(text) - self._held_back(text)
+        piece.bytes = self._bytes_of(piece)
         piece.text = self._detokenizer.text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece
@@ -97,17 +105,23 @@ class TextStream:
             self.num_tokens += 1
             begins = len(detokenizer.text)
             detokenizer.add([token], last=last and number == len(tokens) - 1)
-            found = self._find(detokenizer.text, begins) if self.num_tokens >= self._min_tokens else None
+            found = find_stop(detokenizer.text, self._stops, begins) if self.num_tokens >= self._min_tokens else None
             if found is not None:
                 return (*found, number + 1)
+        self.num_tokens += len(delta.tokens) - len(tokens)
         if last and not tokens:
             detokenizer.add([], last=True)
         return None
 
-    def _find(self, text: str, begins: int) -> tuple[int, str] | None:
-        """The first stop string that text from `begins` on completes."""
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop, max(0, begins - len(stop) + 1))) >= 0]
-        return min(found) if found else None
+    def _bytes_of(self, piece: Piece) -> list[bytes]:
+        """What each of the piece's tokens adds to the text, where log-probabilities are asked for."""
+        found: list[bytes] = []
+        for number, token in enumerate(piece.tokens if piece.logprobs is not None else ()):
+            ends = piece.finish_reason == "stop" and number == len(piece.tokens) - 1 and token in self._ends
+            hidden = ends or token in self._skipped
+            found.append(b"" if hidden else self._texts.bytes_of(token, opens=self._opens))
+            self._opens = self._opens and not found[-1]
+        return found
 
     def _held_back(self, text: str) -> int:
         """Characters at the end that a stop string may begin with."""

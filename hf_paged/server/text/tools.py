@@ -20,6 +20,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
 _BETWEEN = re.compile(r"[\s;,]*")
 _decoder = json.JSONDecoder()
+_NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets without end
 
 
 @dataclasses.dataclass
@@ -54,11 +55,14 @@ class ToolParser:
         self._json = form in ("auto", "json") and bool(names)
         self._text = ""  # neither shown nor parsed yet
         self._shown = False
+        self._blank = 0  # characters of white space that the text begins with, as far as is known
+        self._held = False  # the text begins like JSON, so that all of it is kept to its end
+        self._searched = 0  # characters of the text in which a call's end was looked for in vain
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[ParsedCall]]:
         """What of the text so far is to be shown now, and the calls that are complete; `last`: no more comes."""
         self._text += text
-        if not self._shown and self._json and self._may_be_json():
+        if not self._shown and self._json and (self._held or self._may_be_json()):
             if not last:
                 return "", []
             calls = self._all_json(self._text)
@@ -74,36 +78,41 @@ class ToolParser:
 
     def _may_be_json(self) -> bool:
         """Whether the text, of which nothing was shown, can still become a call in JSON."""
-        text = self._text.lstrip()
-        begins = ("{", "[", *_MARKS)
-        return not text or text.startswith(begins) or any(mark.startswith(text) for mark in _MARKS)
+        while self._blank < len(self._text) and self._text[self._blank].isspace():
+            self._blank += 1
+        self._held = self._text.startswith(("{", "[", *_MARKS), self._blank)
+        begin = self._text[self._blank : self._blank + max(map(len, _MARKS))]
+        return self._held or any(mark.startswith(begin) for mark in _MARKS)
 
     def _take(self, count: int) -> str:
         taken, self._text = self._text[:count], self._text[count:]
         return taken
 
     def _take_hermes(self, last: bool) -> tuple[str, list[ParsedCall]]:
-        shown = ""
+        text, done = self._text, 0
+        shown: list[str] = []
         calls: list[ParsedCall] = []
-        while (at := self._text.find(BEGIN)) >= 0:
-            end = self._text.find(END, at)
+        while (begin := text.find(BEGIN, done)) >= 0:
+            end = text.find(END, max(begin, self._searched))
             if end < 0 and not last:
-                return shown + self._take(at), calls
-            stop = len(self._text) if end < 0 else end
-            call = self._one(self._text[at + len(BEGIN) : stop])
-            after = min(len(self._text), stop + len(END))
-            if call is None:
-                shown += self._take(after)
-            else:
-                shown += self._take(at)
-                self._take(after - at)
-                calls.append(call)
-        return shown + self._take(len(self._text) - (0 if last else _overlap(self._text, BEGIN))), calls
+                break
+            stop = len(text) if end < 0 else end
+            after = min(len(text), stop + len(END))
+            call = self._one(text[begin + len(BEGIN) : stop])
+            shown.append(text[done : begin if call else after])
+            calls += [call] if call else []
+            done = after
+        if begin < 0:
+            begin = max(done, len(text) - (0 if last else _overlap(text, BEGIN)))
+        shown.append(text[done:begin])
+        self._text = text[begin:]
+        self._searched = max(0, len(self._text) - len(END))
+        return "".join(shown), calls
 
     def _one(self, text: str) -> ParsedCall | None:
         try:
             return self._call(json.loads(text))
-        except ValueError:
+        except _NO_JSON:
             return None
 
     def _all_json(self, text: str) -> list[ParsedCall]:
@@ -116,21 +125,29 @@ class ToolParser:
         while at < len(text):
             try:
                 value, at = _decoder.raw_decode(text, at)
-            except ValueError:
+            except _NO_JSON:
                 return []
             values += value if isinstance(value, list) else [value]
             between = _BETWEEN.match(text, at)
             at = between.end() if between else at
-        calls = [self._call(value) for value in values]
-        return [call for call in calls if call] if all(calls) else []
+        calls: list[ParsedCall] = []
+        for value in values:
+            call = self._call(value)
+            if call is None:
+                return []
+            calls.append(call)
+        return calls
 
     def _call(self, value: Any) -> ParsedCall | None:
         if not isinstance(value, dict) or value.get("name") not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
-        if isinstance(arguments, str):
-            return ParsedCall(value["name"], arguments)
-        return ParsedCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+        try:
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        except RecursionError:
+            return None
+        # Half of a surrogate pair can be written in JSON, but only there.
+        return ParsedCall(value["name"], text.encode("utf-8", "backslashreplace").decode())
 
 
 def _overlap(text: str, mark: str) -> int:
