@@ -2,7 +2,9 @@
 #
 #   make demo         SmolLM2-135M, stock generate() against the patched one
 #   make test         the test suite, on CPU, without a network (ARGS="-k blocks" goes to pytest)
-#   make test-517     the same against the oldest Transformers supported
+#   make test-slow    its slow part: SmolLM2's real weights, servers under load and killed again and again
+#   make test-oldest  the same against the oldest Transformers supported
+#   make test-latest  the same against the newest Transformers that the package index has
 #   make lint         ruff and mypy
 #   make bench        throughput on CPU: hf_paged, Transformers' continuous batching, static batches
 #   make wheel        build the wheel into dist/
@@ -17,11 +19,12 @@ BENCH_ARGS ?= --workload cpu --engine hf_paged,generate_batch,generate --repeats
 ENV_FILES = pyproject.toml constraints.txt tools/setup_env.py
 # One thread for each test process: more of them than cores would only wait for each other.
 PYTEST = env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PYTEST_ARGS = -q -n $(JOBS) --dist worksteal --durations 15 $(ARGS)
+PYTEST_ARGS = -q -n $(JOBS) --dist worksteal --durations 15
+FAST = -m "not slow"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-517 lint format bench wheel wheel-test clean
+.PHONY: help demo test test-slow test-oldest test-latest lint format bench wheel wheel-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,10 +33,18 @@ demo: $(VENV)/ready
 	$(VENV)/bin/hf-paged demo $(ARGS)
 
 test: $(VENV)/ready
-	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) $(FAST) $(ARGS)
 
-test-517: .venv-517/ready
-	$(PYTEST) .venv-517/bin/python -m pytest $(PYTEST_ARGS)
+test-slow: $(VENV)/ready
+	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m slow $(ARGS)
+
+test-oldest: .venv-oldest/ready
+	$(PYTEST) .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) $(FAST) $(ARGS)
+
+# What the index has changes by the day: the environment is built anew each time.
+test-latest:
+	$(PYTHON) tools/setup_env.py .venv-latest --extras test --transformers latest
+	$(PYTEST) .venv-latest/bin/python -m pytest $(PYTEST_ARGS) $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check
@@ -59,9 +70,9 @@ $(VENV)/ready: $(ENV_FILES)
 	$(PYTHON) tools/setup_env.py $(VENV) --extras dev
 	touch $@
 
-.venv-517/ready: $(ENV_FILES)
-	$(PYTHON) tools/setup_env.py .venv-517 --extras test --transformers 5.17.0
+.venv-oldest/ready: $(ENV_FILES)
+	$(PYTHON) tools/setup_env.py .venv-oldest --extras test --transformers 5.17.0
 	touch $@
 
 clean:
-	rm -rf .venv .venv-517 .venv-wheel dist
+	rm -rf .venv .venv-oldest .venv-latest .venv-wheel dist

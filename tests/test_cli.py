@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import hf_paged
 import zoo
 from hf_paged import __main__, cli, hookimpl, plugins
 from hf_paged._version import __version__
@@ -145,6 +146,7 @@ def test_mistakes_are_one_line_and_status_two(arguments, message, tiny_dir, caps
     assert message in error
 
 
+@pytest.mark.slow
 def test_the_demo_agrees_with_stock_on_every_prompt(smollm2_dir, capsys):
     assert cli.main(["demo", str(smollm2_dir), "--max-new-tokens", "10"]) == 0
     text = capsys.readouterr().out
@@ -156,6 +158,7 @@ def test_the_demo_agrees_with_stock_on_every_prompt(smollm2_dir, capsys):
 # ----------------------------------------------------------------------------------------------------- the demo's model
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_made_once(smollm2_dir, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("nothing is to be fetched"))
     assert smollm2.ensure() == smollm2_dir
@@ -176,10 +179,10 @@ def test_a_failed_download_says_so_and_leaves_nothing(tmp_path, monkeypatch):
 SHOW = """
 import json, sys
 from transformers import GenerationMixin
-print(json.dumps({"argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__,
-                  "patched": GenerationMixin.generate.__module__ + GenerationMixin.generate.__qualname__,
-                  "wrapped": hasattr(GenerationMixin.generate, "__wrapped__"),
-                  "inner": hasattr(getattr(GenerationMixin.generate, "__wrapped__", None), "__wrapped__")}))
+wrapped, inner = 0, GenerationMixin.generate
+while hasattr(inner, "__wrapped__"):
+    wrapped, inner = wrapped + 1, inner.__wrapped__
+print(json.dumps({"argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "wrapped": wrapped}))
 sys.exit(3)
 """
 
@@ -194,8 +197,7 @@ def test_a_script_runs_patched_as_python_would_run_it(tmp_path):
     found, expected = json.loads(ours.stdout), json.loads(stock.stdout)
     assert [found[name] for name in ("path", "name", "file")] == [expected[name] for name in ("path", "name", "file")]
     assert found["argv"] == [str(folder / "show.py"), "-x", "1"]
-    assert found["inner"]
-    assert not expected["inner"]
+    assert found["wrapped"] == expected["wrapped"] + 1
 
 
 def test_a_module_runs_patched(tmp_path):
@@ -206,7 +208,70 @@ def test_a_module_runs_patched(tmp_path):
     assert found["argv"][1:] == ["-x", "1"]
     assert found["argv"][0] == found["file"] == str(tmp_path / "show.py")
     assert found["name"] == "__main__"
-    assert found["inner"]
+    stock = subprocess.run([sys.executable, "-m", "show", "-x", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert found["wrapped"] == json.loads(stock.stdout)["wrapped"] + 1
+
+
+OPTIONS = """
+import json, sys
+from hf_paged.hf import patch
+config = patch._everywhere.config
+print(json.dumps([config.keep_pool, config.block_size, config.scheduler, sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--option", "keep_pool=true"], [True, 16, "fcfs"]),
+        (["--option=keep_pool=True"], [True, 16, "fcfs"]),
+        (["--option", "block_size=32", "--option", "scheduler=priority"], [None, 32, "priority"]),
+        (["--option", "keep_pool=false", "--option=block_size=64", "--option", "keep_pool=none"], [None, 64, "fcfs"]),
+        ([], [None, 16, "fcfs"]),
+    ],
+)
+@pytest.mark.parametrize("program", [["look.py"], ["-m", "look"]])
+def test_options_before_the_program_are_those_of_the_patch(options, expected, program, tmp_path, monkeypatch, capsys):
+    (tmp_path / "look.py").write_text(OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    own = ["--option", "x=1", "-m", "y"]  # what stands behind the program is the program's
+    try:
+        assert __main__.main([*options, *program, *own]) == 0
+    finally:
+        hf_paged.unpatch()
+    assert json.loads(capsys.readouterr().out) == [*expected, own]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--option", "keep_pol=true", "SCRIPT"], "unknown option 'keep_pol'; the options are "),
+        (["--option=keep_pool=yes", "SCRIPT"], "keep_pool must be True or False, got 'yes'"),
+        (["--option", "block_size=17", "-m", "SCRIPT"], "power of two, got 17"),
+        (["--option", "block_size", "SCRIPT"], "NAME=VALUE, got 'block_size'"),
+        (["--option", "scheduler=best", "SCRIPT"], "scheduler='best' is not registered; known are "),
+        (["--option", "attention_backend=flash", "SCRIPT"], "attention_backend='flash' is not registered"),
+        (["--option", "block_size=32"], "there is no script to run"),
+        (["--option"], "NAME=VALUE, got ''"),
+        (["--options", "block_size=32", "SCRIPT"], "unknown option '--options'"),
+    ],
+)
+def test_wrong_options_are_told_before_the_program_starts(arguments, message, tmp_path, capsys):
+    script = tmp_path / "harm.py"
+    script.write_text("raise AssertionError('it started')")
+    assert __main__.main([str(script) if argument == "SCRIPT" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--option NAME=VALUE" in error  # the usage
+
+
+@pytest.mark.parametrize("options", [[], ["--option", "a=b"], ["--option=keep_pool=true"]])
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help_is_the_usage(options, asked, capsys):
+    assert __main__.main([*options, asked]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m hf_paged")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ PAGES = {path.name: path for path in sorted(GUIDE.glob("*.md"))} | {"../README.m
 FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 # Blocks that can't run in a test. A page that gets another one needs another number here.
 NOT_RUN = {"from_a_web_handler.md": 2, "vllm.md": 1}
+PORT = "8765"  # of servers in the guide; another run of the tests may use it at the same time
 # The errors by which a call or a model falls back.
 REFUSALS = ("Unsupported", "UnsupportedModelError")
 TEMPLATE = (
@@ -117,13 +119,14 @@ def test_every_block_runs(
     tokenizer.save_pretrained(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__", "model": model, "tokenizer": tokenizer}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     printed = ""
     for block in blocks(page):
         if block.runs:
             if block.marker.startswith("title="):
                 Path(block.marker.removeprefix("title=")).write_text(block.code)
-            # Empty lines in front, so that a traceback names the line of the page.
-            exec(compile("\n" * block.line + block.code, str(PAGES[page]), "exec"), namespace)
+            exec(compile(_raising(block, port), str(PAGES[page]), "exec"), namespace)
             printed = capsys.readouterr().out
         elif block.language == "sh":
             for line in block.code.splitlines():
@@ -136,6 +139,23 @@ def _run(line: str) -> str:
     command = [sys.executable, *line.split()[1:]]
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment).stdout
+
+
+def _raising(block: Block, port: int) -> ast.Module:
+    """The block's code, with a free port; a `try` of its own (not a function's) that raises nothing fails the test."""
+    # Empty lines in front, so that a traceback names the line of the page.
+    tree = ast.parse("\n" * block.line + block.code.replace(PORT, str(port)))
+    for node in _tries(tree.body):
+        node.orelse = ast.parse(f"raise AssertionError('line {node.lineno}: nothing was raised')").body
+    return tree
+
+
+def _tries(body: list[ast.stmt]) -> Iterator[ast.Try]:
+    for node in body:
+        if isinstance(node, ast.Try) and node.handlers and not node.orelse:
+            yield node
+        elif isinstance(node, ast.With):
+            yield from _tries(node.body)
 
 
 def test_blocks_that_do_not_run_say_why() -> None:

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module imports from its own floor and those below.
 FLOORS = (
-    {"_version", "errors", "params", "protocols", "types"},
+    {"_version", "errors", "forks", "params", "protocols", "strict_json", "types"},
     {"config", "hookspecs", "ledger"},
-    {"engine", "plugins"},
+    {"engine", "plugins", "text"},
     {"hf"},
-    {"llm"},
+    {"llm", "llm_requests", "vllm_names"},
     {"arguments", "bench", "demo", "server", "cli", "__main__"},
 )
 TOP = FLOORS[-1]

@@ -3,7 +3,8 @@
 What was in the folder before is removed.
 
     python3 tools/setup_env.py .venv --extras dev
-    python3 tools/setup_env.py .venv-517 --extras test --transformers 5.17.0
+    python3 tools/setup_env.py .venv-oldest --extras test --transformers 5.17.0
+    python3 tools/setup_env.py .venv-latest --extras test --transformers latest
 
 On Linux x86-64 with Python 3.11 or newer the versions are those of constraints.txt, which are the ones tested. Where
 there is no NVIDIA GPU on Linux, torch's CPU build is taken, which is a tenth of the download.
@@ -34,7 +35,9 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="install this wheel, without extras, instead of the checkout")
     parser.add_argument("--extras", default="dev", help="extras of pyproject.toml, comma separated (default: dev)")
     parser.add_argument(
-        "--transformers", metavar="VERSION", help="this release of Transformers instead of the tested one"
+        "--transformers",
+        metavar="VERSION",
+        help="this release of Transformers instead of the tested one; latest: the newest that the index has",
     )
     args = parser.parse_args()
     if sys.version_info < OLDEST:
@@ -46,7 +49,7 @@ def main() -> None:
     install_torch(python)
     wanted = [str(args.wheel)] if args.wheel else ["--editable", f"{ROOT}[{args.extras}]"]
     if args.transformers:
-        wanted.append(f"transformers=={args.transformers}")
+        wanted.append("transformers" if args.transformers == "latest" else f"transformers=={args.transformers}")
     pip(python, "install", "--constraint", str(constraints), *wanted)
 
 

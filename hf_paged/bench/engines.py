@@ -17,6 +17,7 @@ from hf_paged.bench.kv import KVUse, between, written
 from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
 from hf_paged.errors import ConfigError, HFPagedError
+from hf_paged.hf import compat
 
 Serve = Callable[[Sequence[Item]], Run]
 
@@ -140,12 +141,8 @@ def _batched(manager: Any, items: Sequence[Item]) -> Run:
 
 def _batched_kv(manager: Any, items: Sequence[Item]) -> KVUse:
     """Reserved by its page size, from its documentation; the pool's bytes are measured."""
-    config = manager.continuous_batching_config
-    page = getattr(config, "page_size", None) or config.block_size
+    page, tensors = compat.continuous_batching_pool(manager)
     lengths = [written(len(item.prompt_token_ids), item.max_tokens) for item in items]
-    cache = manager.batch_processor.cache
-    # One tensor in 5.23, one for each layer and kind in 5.17.
-    tensors = [cache.cache_tensor] if hasattr(cache, "cache_tensor") else [*cache.key_cache, *cache.value_cache]
     pool = sum(tensor.nbytes for tensor in tensors)
     return KVUse(sum(-(-length // page) * page for length in lengths), sum(lengths), pool)
 

@@ -72,7 +72,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the server and print the figures. Exit status 1 if no request was served."""
     if find_spec("aiohttp") is None:
-        raise ConfigError("bench serve needs aiohttp, which isn't installed: pip install 'hf-paged[bench]'")
+        raise ConfigError(
+            "bench serve needs aiohttp, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
+        )
     if args.plot:
         plot.check()
     objective = figures.Objective.parse(args.slo)
@@ -178,7 +180,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         ("e2e", "end to end"),
     ):
         if summary[name] is not None:
-            table.add_row(words, *(f"{1000 * value:,.1f}" for value in summary[name].values()))
+            table.add_row(words, *map(figures.milliseconds, summary[name].values()))
     console.print(table)
     if any(summary["slo"].values()):
         console.print(

@@ -11,6 +11,7 @@ import torch
 from hf_paged.bench.kv import KVUse, cache_bytes, written
 from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
+from hf_paged.hf.compat import cache_of
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -53,7 +54,7 @@ def run(
         outputs += new
         reserved += len(batch) * written(width, len(rows[0]))
         used += sum(written(len(item.prompt_token_ids), len(row)) for item, row in zip(batch, new, strict=True))
-        peak = max(peak, cache_bytes(result.past_key_values))
+        peak = max(peak, cache_bytes(cache_of(result)))
         del result  # or the next batch would find two caches in memory
         done(len(outputs))
     return Run(time.perf_counter() - began, outputs, KVUse(reserved, used, peak))

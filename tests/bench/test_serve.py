@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import threading
 import time
 
+import numpy
 import pytest
+from rich.console import Console
 
 pytest.importorskip("aiohttp")
 from aiohttp import web
 
 from hf_paged import cli
 from hf_paged.bench import serve
-from hf_paged.bench.load import arrivals, figures
+from hf_paged.bench.load import arrivals, figures, plot
 from hf_paged.bench.load.client import Timed
 from hf_paged.errors import ConfigError
 
@@ -283,7 +286,7 @@ def test_arguments_out_of_range(capsys, option):
 def test_without_its_library_it_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert cli.main(["bench", "serve", "--requests", "1"]) == 2
-    assert "pip install 'hf-paged[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- pictures, and the price
@@ -297,6 +300,48 @@ def test_the_plot_and_the_file(tmp_path, capsys):
         found = bench(capsys, server, *arguments, *files)
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads((tmp_path / "run.json").read_text()) == found
+
+
+SPREADS = {
+    "few": [0.1, 0.2, 0.409],
+    "one": [0.25],
+    "a long tail": [0.001 * number for number in range(98)] + [3.0, 4.0],
+    "an even number": [0.4, 0.5, 0.6, 1.7],
+    "below a millisecond": [0.0001, 0.00012, 0.0009],
+    "seconds": [1.2345, 12.3456, 123.4567],
+}
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_the_plot_tells_the_percentiles_of_the_table_and_the_file(kind, tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    told = []
+    monkeypatch.setattr(axes.Axes, "annotate", lambda self, text, at, **options: told.append((text, at)))
+    curves = []
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, x, y, *marks, **options: curves.append((x, y, marks)))
+    requests = []
+    for value in SPREADS[kind]:
+        timed = Timed(1.0, 1, first=1.0 + value, last=1.0 + 2 * value, output_tokens=2, end=1.0 + 3 * value)
+        timed.gaps.append(value)
+        requests.append(timed)
+    summary = figures.summarise(requests, figures.Objective()) | {"workload": "w", "load": {"loop": "open", "rate": 1}}
+    summary["client"] = {"cpu_share": 0.0}
+    plot.draw(requests, summary, tmp_path / "run.png")
+    console = Console(file=io.StringIO(), width=200)
+    serve.show(summary, console)
+    table = console.file.getvalue()
+    names = [(key, name) for key in ("ttft", "inter_token", "e2e") for name in ("p50", "p99")]
+    assert len(told) == len(names)
+    for (text, at), (key, name) in zip(told, names, strict=True):
+        value = summary[key][name]
+        assert text == f"{name} {1000 * value:,.1f} ms"
+        assert f" {1000 * value:,.1f} " in table
+        assert at == (1000 * value, figures.SHARES[name])
+    # The marks lie on their curves.
+    for number in range(0, 9, 3):
+        (x, y, _), *marks = curves[number : number + 3]
+        for at, share, _ in marks if len(x) > 1 else ():
+            assert numpy.interp(at, x, y) == pytest.approx(share, abs=0.01)
 
 
 def test_250_streams_cost_the_client_little(capsys):

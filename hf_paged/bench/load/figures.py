@@ -95,3 +95,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as the table and the picture show them."""
+    return f"{1000 * seconds:,.1f}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_paged.bench.load import figures
 from hf_paged.bench.load.client import Timed
 from hf_paged.errors import ConfigError
 
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563b8", "#c2571a", "#1a7f4b"
+MARKED = ("p50", "p99")
 
 
 def check() -> None:
@@ -23,7 +25,9 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib, which isn't installed: pip install 'hf-paged[bench]'") from error
+        raise ConfigError(
+            "--plot needs matplotlib, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
+        ) from error
 
 
 def draw(requests: Sequence[Timed], summary: dict[str, Any], path: Path) -> None:
@@ -36,10 +40,11 @@ def draw(requests: Sequence[Timed], summary: dict[str, Any], path: Path) -> None
     good = [timed for timed in requests if timed.error is None]
     limits = summary["slo"]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    _distribution(axes[0, 0], "Time to first token", [timed.ttft for timed in good], limits["ttft"])
-    gaps = [gap for timed in good for gap in timed.gaps]
-    _distribution(axes[0, 1], "Time between tokens", gaps, None)
-    _distribution(axes[1, 0], "End to end", [timed.latency for timed in good], limits["e2e"])
+    ttft, gaps = [timed.ttft for timed in good], [gap for timed in good for gap in timed.gaps]
+    latency = [timed.latency for timed in good]
+    _distribution(axes[0, 0], "Time to first token", ttft, summary["ttft"], limits["ttft"])
+    _distribution(axes[0, 1], "Time between tokens", gaps, summary["inter_token"], None)
+    _distribution(axes[1, 0], "End to end", latency, summary["e2e"], limits["e2e"])
     _over_time(axes[1, 1], requests)
     served = f"{summary['completed']} of {summary['requests']} requests served"
     speed = f"{summary['output_tokens_per_second']:,.0f} output tokens/s"
@@ -58,19 +63,26 @@ def _load(load: dict[str, Any]) -> str:
     return "all at once" if load["rate"] is None else f"{load['rate']:g} requests/s"
 
 
-def _distribution(axis: Any, title: str, seconds: Sequence[float], limit: float | None) -> None:
-    """The share of requests that waited no longer than so many milliseconds."""
+def _distribution(
+    axis: Any, title: str, seconds: Sequence[float], spread: Mapping[str, float] | None, limit: float | None
+) -> None:
+    """The share of requests that waited at most a number of milliseconds, with percentiles marked on it.
+
+    Args:
+        spread: the percentiles of `seconds`, which the table shows too; None of nothing.
+        limit: in seconds, drawn as a line.
+    """
     _style(axis, title, "milliseconds", "share no longer")
-    if not seconds:
+    if spread is None:
         axis.text(0.5, 0.5, "nothing to show", transform=axis.transAxes, ha="center", color=MUTED)
         return
     ordered = sorted(1000 * value for value in seconds)
-    shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
-    axis.step(ordered, shares, where="post", color=BLUE, linewidth=1.8)
-    for share in (0.5, 0.99):
-        value = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    shares = [index / max(1, len(ordered) - 1) for index in range(len(ordered))]  # as `figures.percentile` has them
+    axis.plot(ordered, shares, color=BLUE, linewidth=1.8)
+    for name in MARKED:
+        value, share = 1000 * spread[name], figures.SHARES[name]
         axis.plot([value], [share], "o", color=ORANGE, markersize=5)
-        text = f"p{100 * share:.0f} {value:,.0f} ms" if value >= 100 else f"p{100 * share:.0f} {value:.3g} ms"
+        text = f"{name} {figures.milliseconds(spread[name])} ms"
         right = value > ordered[-1] / 2  # the words lie on the side where there is room
         place: dict[str, Any] = {"xytext": (-8 if right else 8, -12), "ha": "right" if right else "left"}
         axis.annotate(text, (value, share), textcoords="offset points", color=INK, fontsize=9, **place)
