@@ -39,6 +39,10 @@ class ServerConfig:
             page of another site could otherwise reach it under a name of its own (DNS rebinding).
         cors_origins: origins that browsers may call from; none by default.
         max_body_bytes: of a request.
+        max_connections: open ones. For a further one, the one that has waited longest for its client is closed.
+        max_connections_per_address: of them, from one address (for IPv6: one /64 network). Behind a proxy all are.
+        client_timeout: seconds that a client may take to send a call (and one more for each 16 KiB of its body), and
+            that it may leave an answer untaken.
         max_queue_requests, max_queue_tokens: what may wait for its first token; more is refused with 429.
         max_logprobs: most likely tokens that a call may have reported for each token, at most 20; -1: the whole
             vocabulary too (`prompt_logprobs=-1`), a hundred megabytes for a few dozen tokens.
@@ -80,6 +84,9 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
+    max_connections: int = 4096
+    max_connections_per_address: int = 2048
+    client_timeout: float = 30.0
     max_queue_requests: int = 1024
     max_queue_tokens: int = 4_000_000
     max_logprobs: int = MAX_LOGPROBS
@@ -96,12 +103,12 @@ class ServerConfig:
     host_memory_share: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "max_body_bytes", "max_queue_requests", "max_queue_tokens"):
+        for name in COUNTS:
             _require(name, getattr(self, name), _is_int(getattr(self, name), 1), "an integer of at least 1")
         ok = _is_int(self.max_logprobs, -1) and self.max_logprobs <= MAX_LOGPROBS
         _require("max_logprobs", self.max_logprobs, ok, f"from 0 to {MAX_LOGPROBS}, or -1 for all")
         _require("port", self.port, _is_int(self.port, 0) and self.port < 65536, "from 0 (any free one) to 65535")
-        for name in ("default_timeout", "max_queue_seconds", "startup_timeout", "watchdog"):
+        for name in ("default_timeout", "max_queue_seconds", "client_timeout", "startup_timeout", "watchdog"):
             value = getattr(self, name)
             allowed = value is None if name in ("default_timeout", "max_queue_seconds") else False
             _require(name, value, allowed or (_is_number(value) and value > 0), "seconds above 0")
@@ -141,6 +148,14 @@ class ServerConfig:
         return self.served_model_names or (self.model,)
 
 
+COUNTS = (
+    "replicas",
+    "max_body_bytes",
+    "max_connections",
+    "max_connections_per_address",
+    "max_queue_requests",
+    "max_queue_tokens",
+)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOAD_FORMATS = ("auto", "dummy")
 TOOL_PARSERS = ("auto", "hermes", "json", "none")

@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 LARGE = 2**16  # bytes of a body, above which it is read in a thread
 MANY = 1000  # entries of a list, above which it is gone through in a thread
-# Few: each thread that computes may keep the event loop waiting for one switch interval, 5 ms.
-_threads = ThreadPoolExecutor(2, thread_name_prefix="heavy")
+# One: each thread that computes may keep the event loop waiting for one long step of C.
+_threads = ThreadPoolExecutor(1, thread_name_prefix="heavy")
 
 
 async def run(function: Callable[..., T], *arguments: Any, **options: Any) -> T:

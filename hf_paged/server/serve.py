@@ -19,6 +19,7 @@ from hf_paged.errors import ConfigError, HFPagedError
 from hf_paged.server import logs
 from hf_paged.server.app import create_app
 from hf_paged.server.config import ServerConfig
+from hf_paged.server.connections import Connections, protocol
 from hf_paged.server.errors import APIError
 from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.lifecycle import Lifecycle, Phase
@@ -29,12 +30,14 @@ logger = logging.getLogger("hf_paged.server")
 
 ABORTED = 130  # the exit status after a second signal
 POLL = 0.02
+DESCRIPTORS = 512  # that a server needs beside its connections
 
 
 def serve(config: ServerConfig) -> int:
     """Serve until a signal ends it; the exit status."""
     logs.configure(config.log_level, config.log_format)
     _check_tls(config)
+    _raise_descriptors(config.max_connections)
     loop = _new_loop()
     asyncio.set_event_loop(loop)
     try:
@@ -60,6 +63,9 @@ class _Server(uvicorn.Server):
         self.options = config
         self.stats = ServerStats()
         self.text = ModelText.load(config)
+        self._connections = Connections(
+            config.max_connections, config.max_connections_per_address, config.client_timeout
+        )
         self._signals = 0
         self._failure: HFPagedError | None = None
 
@@ -68,7 +74,7 @@ class _Server(uvicorn.Server):
         options = self.options
         fleet = Fleet(options, self.stats)
         app = create_app(options, fleet, self.text, self.stats)
-        super().__init__(_uvicorn_config(app, options))
+        super().__init__(_uvicorn_config(app, options, self._connections))
         life: Lifecycle = app.state.lifecycle
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,6 +144,7 @@ class _Server(uvicorn.Server):
         try:
             until = time.monotonic() + self.options.drain_timeout
             logger.info("draining: %d calls in flight, at most %g s", life.in_flight, self.options.drain_timeout)
+            self._connections.hurry()
             while life.in_flight and time.monotonic() < until and not self.should_exit:
                 await asyncio.sleep(POLL)
             if life.in_flight:
@@ -154,9 +161,10 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(0.1)
 
 
-def _uvicorn_config(app: FastAPI, options: ServerConfig) -> uvicorn.Config:
+def _uvicorn_config(app: FastAPI, options: ServerConfig, connections: Connections) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=protocol(connections),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -187,6 +195,21 @@ def _check_tls(options: ServerConfig) -> None:
     except OSError as error:  # ssl.SSLError is one
         files = f"{options.ssl_certfile!r} and {options.ssl_keyfile!r}"
         raise ConfigError(f"TLS can't use {files}: {error.strerror or error}") from error
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Let this process have as many descriptors as its connections need; many shells allow 1,024."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    wanted = connections + DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning("the system allows %d descriptors; %d connections need %d", hard, connections, wanted)
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(options: ServerConfig) -> socket.socket:

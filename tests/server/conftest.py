@@ -68,7 +68,7 @@ class ServerProcess:
         return self.log.read_text()
 
     def logged(self, pattern: str, times: int = 1) -> list[str]:
-        """The log's lines that `pattern` is found in, once there are `times`: a line may follow the answer it tells of."""
+        """The log's lines that `pattern` is found in, once there are `times`: they may follow an answer."""
         self._until(lambda: len(self._lines(pattern)) >= times)
         return self._lines(pattern)
 

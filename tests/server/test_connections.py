@@ -1,0 +1,349 @@
+"""Connections of slow, silent, greedy and many clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from hf_paged.errors import ConfigError
+from hf_paged.server import connections
+from hf_paged.server.config import ServerConfig
+from hf_paged.server.connections import HEADER_BYTES, Connections, protocol
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
+LONG = 30.0  # seconds after which a test that waits for the server fails
+
+
+class Server:
+    """An application behind limited connections, in this process."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.limits = {"most": 100, "most_of_address": 100, "patience": 60.0} | limits
+        self.left: list[str] = []  # what became of calls
+        self.sent = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Takes a body; `/large` answers more than any buffer takes, `/wait` when told to."""
+        size = 0
+        while (message := await receive())["type"] == "http.request":
+            size += len(message["body"])
+            if not message["more_body"]:
+                break
+        else:
+            self.left.append("disconnected")
+            return
+        if scope["path"] == "/wait":
+            await self.sent.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+        try:
+            for _ in range(1000 if scope["path"] == "/large" else 1):
+                await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self.left.append("answered")
+
+
+@contextlib.asynccontextmanager
+async def running(**limits: Any) -> AsyncIterator[tuple[Server, Connections, int]]:
+    app = Server(**limits)
+    register = Connections(**app.limits)
+    config = uvicorn.Config(app, http=protocol(register), log_config=None, lifespan="off")
+    config.load()
+    state = ServerState()
+    made = await asyncio.get_running_loop().create_server(
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}),  # type: ignore[call-arg]
+        "127.0.0.1",
+        0,
+    )
+    try:
+        yield app, register, made.sockets[0].getsockname()[1]
+    finally:
+        made.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async def poll() -> None:
+        while not true():
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(poll(), LONG)
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def opened(port: int) -> Streams:
+    return await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+
+
+async def answer(streams: Streams) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers, and what follows until the server closes; or, where a length is said, as much."""
+    head = await asyncio.wait_for(streams[0].readuntil(b"\r\n\r\n"), LONG)
+    first, *lines = head.decode().strip().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    if "content-length" in headers:
+        body = await streams[0].readexactly(int(headers["content-length"]))
+    else:
+        body = await asyncio.wait_for(streams[0].readuntil(b"0\r\n\r\n"), LONG)
+    return int(first.split()[1]), headers, body
+
+
+async def closed(streams: Streams) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert not await asyncio.wait_for(streams[0].read(), LONG)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 4 * LONG))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", GET + b"X-Y: z", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf"]
+)
+def test_a_call_that_is_not_sent_in_time_ends_with_408(sent: bytes) -> None:
+    async def test() -> None:
+        async with running(patience=0.2) as (app, register, port):
+            client = await opened(port)
+            client[1].write(sent)
+            status, headers, body = await answer(client)
+            assert (status, headers["connection"]) == (408, "close")
+            assert json.loads(body)["error"]["code"] == "request_timeout"
+            await closed(client)
+            await until(lambda: not len(register))
+            assert not register._of_address
+            assert app.left == (["disconnected"] if b"half" in sent else [])
+
+    run(test)
+
+
+def test_a_connection_that_is_kept_alive_is_not_kept_by_empty_lines() -> None:
+    async def test() -> None:
+        async with running(patience=0.2) as (_, register, port):
+            client = await opened(port)
+            client[1].write(GET + b"\r\n")
+            assert (await answer(client))[0] == 200
+            await asyncio.sleep(0.5)  # nothing is owed between calls
+            assert len(register) == 1
+            with contextlib.suppress(ConnectionError):
+                while len(register):
+                    client[1].write(b"\r\n")
+                    await asyncio.sleep(0.02)
+
+    run(test)
+
+
+def test_a_body_may_take_as_long_as_its_pace_is_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SLOWEST", 10)
+
+    async def test() -> None:
+        async with running(patience=0.2) as (_, _register, port):
+            client = await opened(port)
+            client[1].write(b"POST / HTTP/1.1\r\nContent-Length: 100\r\n\r\n")
+            for _ in range(10):  # it begins with 0.2 s, and gains one with each piece
+                client[1].write(b"x" * 10)
+                await asyncio.sleep(0.1)
+            status, headers, _ = await answer(client)
+            assert (status, headers["x-size"]) == (200, "100")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [GET + b"X: " + b"y" * HEADER_BYTES + b"\r\n\r\n"],
+        [GET] + [b"X: y\r\n" * 1000] * 40,
+        [GET + b"X: "] + [b"y" * 2**14] * 40,
+        [b"GET /" + b"y" * 2**14] + [b"y" * 2**14] * 40,
+        [b"\r\n" * 2**13] * 40,
+        [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"] + [b"X: y\r\n" * 1000] * 40,
+        [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX: "] + [b"y" * 2**14] * 40,
+        [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;"] + [b"y" * 2**14] * 40,
+    ],
+    ids=["header", "headers", "endless header", "path", "empty lines", "trailers", "endless trailer", "extension"],
+)
+def test_what_is_no_body_has_a_length(pieces: list[bytes]) -> None:
+    async def test() -> None:
+        async with running() as (app, register, port):
+            client = await opened(port)
+            with contextlib.suppress(ConnectionError):
+                for piece in pieces:
+                    client[1].write(piece)
+                    await client[1].drain()
+                    await asyncio.sleep(0)
+                assert (await answer(client))[0] == 431
+            await until(lambda: not len(register))
+            assert app.left in ([], ["disconnected"])
+
+    run(test)
+
+
+def test_other_protocols_are_refused() -> None:
+    async def test() -> None:
+        async with running() as (_, _register, port):
+            client = await opened(port)
+            client[1].write(b"\x16\x03\x01\x02\x00\x01")
+            status, _, body = await answer(client)
+            assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")
+
+    run(test)
+
+
+def test_calls_sent_ahead_are_counted() -> None:
+    async def test() -> None:
+        async with running() as (app, register, port):
+            client = await opened(port)
+            calls = b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n"
+            client[1].write(calls * (connections.AHEAD + 1))
+            await until(lambda: len(register) == 1)
+            app.sent.set()
+            for _ in range(connections.AHEAD + 1):
+                assert (await answer(client))[0] == 200
+            app.sent.clear()
+            client[1].write(calls * (connections.AHEAD + 10))
+            await closed(client)
+            app.sent.set()
+
+    run(test)
+
+
+def test_the_connection_that_waits_longest_makes_room() -> None:
+    async def test() -> None:
+        async with running(most=3) as (app, register, port):
+            working = await opened(port)
+            working[1].write(b"GET /wait HTTP/1.1\r\n\r\n")
+            await until(lambda: len(register) == 1 and not register._waiting)
+            slow = [await opened(port) for _ in range(2)]
+            await until(lambda: len(register) == 3)
+            last = await opened(port)
+            await closed(slow[0])
+            last[1].write(GET + b"\r\n")
+            assert (await answer(last))[0] == 200
+            slow[1][1].write(b"GET /wait HTTP/1.1\r\n\r\n")
+            last[1].write(b"GET /wait HTTP/1.1\r\n\r\n")
+            await until(lambda: not register._waiting)
+            refused = await opened(port)
+            status, headers, body = await answer(refused)
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "3 connections are open" in json.loads(body)["error"]["message"]
+            app.sent.set()
+            for client in (working, slow[1], last):
+                assert (await answer(client))[0] == 200
+
+    run(test)
+
+
+def test_an_address_has_its_share() -> None:
+    async def test() -> None:
+        async with running(most_of_address=2) as (_, register, port):
+            first, _second = await opened(port), await opened(port)
+            await until(lambda: len(register) == 2)
+            status, _, body = await answer(await opened(port))
+            assert status == 503
+            assert "2 connections are open from 127.0.0.1" in json.loads(body)["error"]["message"]
+            first[1].close()
+            await until(lambda: len(register) == 1)
+            third = await opened(port)
+            third[1].write(GET + b"\r\n")
+            assert (await answer(third))[0] == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_an_answer_that_is_not_taken_ends_the_connection(monkeypatch: pytest.MonkeyPatch, hurried: bool) -> None:
+    """After the time that a client has, or the short one that a drain leaves."""
+    monkeypatch.setattr(connections, "HURRY", 0.2)
+
+    async def test() -> None:
+        async with running(patience=60.0 if hurried else 0.2) as (app, register, port):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                await asyncio.to_thread(client.connect, ("127.0.0.1", port))
+                client.sendall(b"GET /large HTTP/1.1\r\n\r\n")
+                await until(lambda: any(c._taking for c in register._open))
+                if hurried:
+                    register.hurry()
+                await until(lambda: not len(register) and app.left == ["answered"])
+
+    run(test)
+
+
+def test_a_slow_reader_that_goes_on_is_left_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SLOWEST", 1)
+
+    async def test() -> None:
+        async with running(patience=0.3) as (app, _register, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**12)
+            writer.write(b"GET /large HTTP/1.1\r\n\r\n")
+            taken = 0
+            while piece := await asyncio.wait_for(reader.read(2**20), LONG):
+                taken += len(piece)
+                if piece.endswith(b"0\r\n\r\n"):
+                    break
+                if taken % 50 == 0:
+                    await asyncio.sleep(0.05)
+            assert taken > 1000 * 2**16
+            assert app.left == ["answered"]
+
+    run(test)
+
+
+def test_the_end_of_an_answer_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fits the connection's buffer, so that nothing pauses; the connection would be kept for good."""
+
+    async def test() -> None:
+        async with running(patience=0.2) as (app, register, port):
+            with socket.socket() as client:
+                await asyncio.to_thread(client.connect, ("127.0.0.1", port))
+                await until(lambda: len(register) == 1)
+                (connection,) = register._open
+                monkeypatch.setattr(connection, "transport", Clogged(connection.transport))
+                client.sendall(GET + b"\r\n")
+                await until(lambda: not len(register))
+                assert app.left == ["answered"]
+
+    run(test)
+
+
+class Clogged:
+    """A transport of which 100 bytes are never taken."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def get_write_buffer_size(self) -> int:
+        return 100
+
+
+@pytest.mark.parametrize(
+    ("client", "counted"),
+    [
+        (None, ""),
+        (("10.1.2.3", 1), "10.1.2.3"),
+        (("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 1), "fe80::/64"),
+        (("a socket", 1), "a socket"),
+    ],
+)
+def test_addresses(client: tuple[str, int] | None, counted: str) -> None:
+    assert connections._address(client) == counted
+
+
+@pytest.mark.parametrize("name", ["max_connections", "max_connections_per_address", "client_timeout"])
+def test_options_are_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        ServerConfig(model="m", **{name: 0})
