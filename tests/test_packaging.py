@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module imports from its own floor and those below.
 FLOORS = (
-    {"_version", "errors", "forks", "params", "protocols", "strict_json", "types"},
+    {"_version", "disposable", "errors", "forks", "params", "protocols", "strict_json", "types"},
     {"config", "hookspecs", "ledger"},
     {"engine", "plugins", "text"},
     {"hf"},
@@ -28,7 +28,7 @@ FLOORS = (
 TOP = FLOORS[-1]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SEAM = {"accelerate", "peft", "transformers"}
-PUBLIC_MODULES = {f"hf_paged.{name}" for name in ("config", "errors", "params", "protocols", "types")}
+PUBLIC_MODULES = {f"hf_paged.{name}" for name in ("config", "disposable", "errors", "params", "protocols", "types")}
 
 
 # ------------------------------------------------------------------------------------------------------------- imports

@@ -20,7 +20,7 @@ machines fit behind the same methods.
     app.state.config    config.ServerConfig, frozen
     app.state.engine    front.engine.EngineClient
     app.state.stats     stats.ServerStats: what happens, for metrics and the dashboard (below)
-    app.state.text      text.model_text.ModelText: the tokenizer, chat templates, in threads
+    app.state.text      text.model_text.ModelText: the tokenizer, chat templates, in threads and processes
     app.state.lifecycle lifecycle.Lifecycle: starting, ready, draining, stopped
 
 After its own routes, `create_app` calls the hook `register_routes(app, config)` of every plugin once. `config` is the

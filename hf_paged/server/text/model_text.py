@@ -14,6 +14,8 @@ from hf_paged.errors import ConfigError, InvalidRequestError
 from hf_paged.hf.load import load_tokenizer
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.pace import Pace, bounded
+from hf_paged.server.text.request_templates import RequestTemplates
 from hf_paged.text.bad_words import banned_ids
 from hf_paged.text.templates import render
 from hf_paged.text.tokens import TokenTexts
@@ -24,6 +26,7 @@ THREADS = 4
 LONG_THREADS = 2
 LONG = 2**18  # characters of a text that has to leave the other threads to shorter ones
 MOST_WAITING = 2**26  # characters that wait to be tokenised, or are; a single text may be longer
+CHARACTERS_A_SECOND = 1_000_000  # that are tokenised, until it is measured
 MOST_TOKENS = 2**18  # ids that a text may become, or that may become a text, where the model takes fewer
 PIECE = 50_000  # characters that are tokenised at a time to see whether a text is too long
 SEAM = 8  # tokens that cutting a text may add at a seam
@@ -50,9 +53,11 @@ class ModelText:
         self.chat_template = chat_template or (own if isinstance(own, str) else None)
         self._several = isinstance(own, dict)  # the tokenizer chooses by whether there are tools
         self.tokens = TokenTexts(tokenizer)
+        self._request_templates = RequestTemplates(tokenizer)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
         self._long_threads = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="long-text")
         self._characters = 0  # that wait, or are tokenised
+        self._pace = Pace()  # of characters
 
     @classmethod
     def load(cls, config: ServerConfig) -> ModelText:
@@ -82,6 +87,7 @@ class ModelText:
         """End the threads."""
         for threads in (self._threads, self._long_threads):
             threads.shutdown(wait=False, cancel_futures=True)
+        self._request_templates.close()
 
     # -------------------------------------------------------------------------------------------------- text to ids
 
@@ -99,13 +105,17 @@ class ModelText:
         """
         if self._characters and self._characters + len(text) > MOST_WAITING:
             message = f"{self._characters} characters of text wait to be tokenised, and {MOST_WAITING} may"
-            raise APIError(429, message, param=param, code="queue_full", retry_after=2)
+            after = (self._characters + len(text) - MOST_WAITING) / (self._pace.rate or CHARACTERS_A_SECOND)
+            raise APIError(429, message, param=param, code="queue_full", retry_after=bounded(after))
         threads = self._threads if len(text) <= LONG else self._long_threads
         gone = threading.Event()
         call = functools.partial(self._encode, text, special, most, gone)
         self._characters += len(text)
+        self._pace.watch(True)
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads, call)
+            ids = await asyncio.get_running_loop().run_in_executor(threads, call)
+            self._pace.done(len(text))
+            return ids
         except _TooLong as error:
             if context:
                 raise too_long(f"more than {error}", most, param) from None
@@ -114,6 +124,7 @@ class ModelText:
             ) from None
         finally:
             self._characters -= len(text)
+            self._pace.watch(self._characters > 0)
             gone.set()
 
     def _encode(self, text: str, special: bool, most: int, gone: threading.Event) -> list[int]:
@@ -162,21 +173,24 @@ class ModelText:
 
         Args:
             messages, tools: gone through in a thread, so that a generator may be what makes them.
+            chat_template: one that the call brings. Unless the model has it too, another process renders it, within
+                limits.
             param: the field that the conversation is from.
 
         Raises:
-            APIError: 400, there is no template, or it refuses the conversation.
+            APIError: 400, there is no template, it refuses the conversation, or it goes beyond a limit; for more, see
+                `RequestTemplates.render`.
         """
         template = chat_template or self.chat_template
         if not template and not self._several:
             raise invalid(
                 "the model has no chat template; start the server with --chat-template, or use /v1/completions", param
             )
+        rendered = self._request_templates.render if self._is_foreign(chat_template) else self._render
         try:
-            return await self.run(
-                lambda **given: render(
-                    self.tokenizer, list(messages), tools=None if tools is None else list(tools), **given
-                ),
+            return await rendered(
+                messages,
+                tools=tools,
                 documents=documents,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
@@ -187,6 +201,20 @@ class ModelText:
             raise invalid(str(error), "chat_template_kwargs") from error
         except InvalidRequestError as error:
             raise invalid(str(error), param) from error
+
+    def _is_foreign(self, chat_template: str | None) -> bool:
+        """Whether a call brings this template: it is neither the model's own nor the name of one."""
+        own = self.tokenizer.chat_template
+        known = own if isinstance(own, dict) else ()
+        return bool(chat_template) and chat_template != self.chat_template and chat_template not in known
+
+    async def _render(
+        self, messages: Iterable[Mapping[str, Any]], *, tools: Iterable[Mapping[str, Any]] | None, **given: Any
+    ) -> str:
+        def work() -> str:
+            return render(self.tokenizer, list(messages), tools=None if tools is None else list(tools), **given)
+
+        return await self.run(work)
 
 
 def too_long(count: int | str, most: int, param: str, output: int = 0, fault: str | None = None) -> APIError:
