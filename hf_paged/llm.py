@@ -142,8 +142,9 @@ class LLM:
                 of the same salt share the prefix cache.
             sampling_params: one for all prompts or one for each; None: what the model's generation config says.
             use_tqdm: show a progress bar; or what makes one, called with tqdm's arguments.
-            priority: for each prompt, an integer or None, which is 0; the smallest runs first. Refused under the
-                scheduler "fcfs", which has no use for it, unless all are 0.
+            priority: for each prompt, an integer or None, which is 0; the smallest runs first. Between calls each
+                level is worth a minute of waiting. Refused under the scheduler "fcfs", which has no use for it, unless
+                all are 0.
             lora_request, tokenization_kwargs, mm_processor_kwargs: vLLM's; only None.
             raise_on_error: raise when a prompt fails while it runs, and drop the others.
 

@@ -178,6 +178,9 @@ def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -
         EngineClosedError, RequestAbortedError: the engine was closed meanwhile.
     """
     requests = sorted((request for one in carried for request in one.requests), key=_longest_first)
+    now = time.monotonic()
+    for request in requests:  # of one arrival: prompts that took long to tokenise are ordered by priority all the same
+        request.metrics.arrival_time = now
     with driver.call(requests) as call:
         call.wait(lambda: all(r.finished for r in requests) or (raise_on_error and any(r.error for r in requests)))
         failed = [(index, one.error) for index, one in enumerate(carried) if one.error is not None]

@@ -86,7 +86,11 @@ class CacheSpec:
 
 @dataclasses.dataclass
 class RequestMetrics:
-    """When things happened to a request, in seconds of `time.monotonic()`."""
+    """When things happened to a request, in seconds of `time.monotonic()`.
+
+    Attributes:
+        arrival_time: when it was asked for; of one that comes through the server, when the call came.
+    """
 
     arrival_time: float = dataclasses.field(default_factory=time.monotonic)
     first_scheduled_time: float | None = None
@@ -105,7 +109,7 @@ class Request:
         params: how tokens are chosen and when to stop.
         eos_token_ids: ids that end the output unless `params.ignore_eos`.
         sampler: who turns its logits into a token; None: the engine's own sampler.
-        priority: lower runs first, under the scheduler "priority".
+        priority: lower runs first, under the scheduler "priority"; a level is worth a minute of waiting.
         banned: token sequences that must not be produced (`params.bad_words`, tokenised).
         cache_key: tokens are only shared with requests of the same key (an adapter's name, an image's hash).
         parent: an earlier request with the same prompt, whose blocks it shares once they are computed.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything imports them: Transformers, the hub client and torch read these once. One thread a process, for the
 # workers of pytest-xdist share the cores, and threads that wait for each other on a busy machine lose a hundredfold.
@@ -34,3 +37,21 @@ def smollm2_dir() -> Path:
     from hf_paged.demo import smollm2
 
     return smollm2.ensure()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; its log has what a page was kept from."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    browser.set_window_size(1400, 1000)
+    yield browser
+    browser.quit()

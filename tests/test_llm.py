@@ -253,8 +253,9 @@ def test_priority(model: PreTrainedModel) -> None:
         assert finished == [11, 12, 10]
         finished.clear()
         run(llm, [[10, 3], [11, 3], [12, 3]], GREEDY, priority=np.array([5, 2, -1]))
-        run(llm, [[13, 3], [14, 3]], GREEDY, priority=[None, -1])
+        outputs = run(llm, [[13, 3], [14, 3]], GREEDY, priority=[None, -1])
         assert finished == [12, 11, 10, 14, 13]
+        assert len({output.metrics.arrival_time for output in outputs}) == 1  # one call is one moment
         with pytest.raises(ConfigError, match="priority has 2 entries for 3 prompts"):
             run(llm, [[10], [11], [12]], GREEDY, priority=[1, 2])
         with pytest.raises(ConfigError, match=r"priority\[1\] must be an integer or None, got 'high'"):

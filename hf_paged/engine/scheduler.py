@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from hf_paged.engine.tables import BlockTables
 from hf_paged.types import Request, Scheduled, Status, Step
 
+LEVEL = 60 * 10**9  # nanoseconds of waiting that one level of priority is worth
+
 
 class FCFSScheduler:
     """First come, first served: chunked prefill mixed with decode, under a token budget and a request cap.
@@ -242,8 +244,26 @@ class FCFSScheduler:
 
 
 class PriorityScheduler(FCFSScheduler):
-    """The smallest `Request.priority` first, and among equals by arrival."""
+    """The smallest `Request.priority` first, until a request has waited long enough: see `turn`."""
 
     def key(self, request: Request) -> tuple[int, ...]:
         """See `FCFSScheduler.key`."""
-        return (request.priority, request.order)
+        return (turn(request.metrics.arrival_time, request.priority), request.order)
+
+
+def turn(arrival: float, priority: int) -> int:
+    """What requests with priorities are ordered by, smallest first: their arrival, a minute later for each level.
+
+    A request is overtaken only by those that come within a minute for each level between them, so it waits for a
+    bounded time however many of a smaller priority follow. The value doesn't change while a request waits: a sorted
+    queue stays sorted. Requests of one arrival are in the order of their priorities, those of one priority first come,
+    first served.
+
+    Args:
+        arrival: in seconds of `time.monotonic()`.
+        priority: any integer; the sum is exact.
+
+    Returns:
+        Nanoseconds on the clock of `arrival`.
+    """
+    return round(arrival * 1e9) + LEVEL * priority

@@ -52,7 +52,12 @@ def create_app(
         PluginError: a plugin can't be loaded, or raised in `register_routes`.
     """
     app = FastAPI(
-        title="hf_paged", version=__version__, root_path=config.root_path, description="OpenAI's API over hf_paged."
+        title="hf_paged",
+        version=__version__,
+        root_path=config.root_path,
+        description="OpenAI's API over hf_paged.",
+        docs_url=None,  # FastAPI's pages load their scripts from another host; see `routes.docs`
+        redoc_url=None,
     )
     app.state.config, app.state.engine, app.state.text, app.state.stats = config, engine, text, stats
     app.state.lifecycle = Lifecycle()

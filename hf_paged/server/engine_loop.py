@@ -31,7 +31,7 @@ from hf_paged.server.messages import (
     decode_to_engine,
     encode,
 )
-from hf_paged.types import Logprob, Request, StepStats
+from hf_paged.types import Logprob, Request, RequestMetrics, StepStats
 
 logger = logging.getLogger("hf_paged.server.worker")
 
@@ -147,6 +147,7 @@ class EngineLoop:
                 cache_key=message.cache_key,
                 parent=parent.request if parent else None,
                 resume_from=message.output,
+                metrics=RequestMetrics() if message.arrival is None else RequestMetrics(message.arrival),
             )
         except ConfigError as error:
             self._refuse(message.id, error)
@@ -260,6 +261,7 @@ class _Carried:
         self._told = len(request.token_ids)
         self._begun = self._told
         self._began = False
+        self._came = time.monotonic()
 
     def take(self) -> Delta:
         """What is new since the last call."""
@@ -288,7 +290,7 @@ class _Carried:
         end = metrics.finished_time or time.monotonic()
         scheduled = metrics.first_scheduled_time or end
         first = metrics.first_token_time or end
-        delta.queued = scheduled - metrics.arrival_time
+        delta.queued = scheduled - self._came  # the front adds what it waited there
         delta.prefill, delta.decode = first - scheduled, end - first
         delta.preemptions = metrics.num_preemptions
 

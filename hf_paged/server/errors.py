@@ -68,14 +68,20 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return APIError(400, message, param=param, code=code)
 
 
-def ended(finish: str | None, timeout: str | None) -> APIError | None:
-    """The error for a sequence that was ended from outside, or None. `timeout`: the field with its deadline, if any."""
+def ended(finish: str | None, timeout: str | None, retry_after: float | None = None) -> APIError | None:
+    """The error for a sequence that was ended from outside, or None.
+
+    Args:
+        finish: its finish reason.
+        timeout: the field with its deadline, if any.
+        retry_after: seconds, where it waited too long.
+    """
     if finish == "deadline":
         message = "the deadline of this request is over; give a longer timeout"
         return APIError(408, message, param=timeout, code="deadline_exceeded")
     if finish == "queue_timeout":
         message = "the request waited too long for its turn; try again later"
-        return APIError(429, message, code="queue_timeout", retry_after=2)
+        return APIError(429, message, code="queue_timeout", retry_after=retry_after)
     if finish == "abort":
         return APIError(503, "the request was aborted: the server is shutting down", code="aborted", retry_after=5)
     return None

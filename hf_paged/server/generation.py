@@ -300,7 +300,7 @@ class Call:
 
     def _check_end(self, delta: Delta) -> None:
         """Raise what ended a sequence, unless it ended well."""
-        if error := ended(delta.finish, "timeout" if self.body.timeout else None):
+        if error := ended(delta.finish, "timeout" if self.body.timeout else None, delta.retry_after):
             raise error
         if delta.finish in ("error", "refused"):
             message = delta.error or "the request failed"

@@ -25,6 +25,7 @@ class Add(msgspec.Struct, array_like=True, tag="add"):
         banned: token sequences that must not be produced.
         cache_key: only requests of the same key share blocks (vLLM's cache_salt).
         parent: id of an earlier request with the same prompt, or None.
+        arrival: when its call came; None: now.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Add(msgspec.Struct, array_like=True, tag="add"):
     priority: int = 0
     cache_key: str | None = None
     parent: str | None = None
+    arrival: float | None = None
 
 
 class Abort(msgspec.Struct, array_like=True, tag="abort"):
@@ -110,7 +112,7 @@ class Delta(msgspec.Struct, array_like=True):
         finish: stop, length, abort, error or refused at the end; else None. refused: turned away before it ran.
         stop_reason: the stop token's id, if one ended it.
         error: what went wrong, if `finish` is error or refused. error_kind: invalid, rejected or internal.
-        retry_after: seconds, where a plugin rejected it.
+        retry_after: seconds, where a plugin rejected it, or it waited too long in the front.
         queued, prefill, decode: seconds, at the end: until first scheduled, to the first token, to the last.
         preemptions: at the end, how often it lost its blocks.
     """

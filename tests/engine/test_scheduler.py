@@ -7,6 +7,7 @@ from engine.fake import make_request
 
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
 from hf_paged.engine.tables import BlockTables
+from hf_paged.types import RequestMetrics
 
 
 def make_scheduler(kind=FCFSScheduler, *, num_blocks=40, size=4, seqs=8, budget=10, windows=(None,), **options):
@@ -106,6 +107,42 @@ def test_priority_orders_admission():
     assert scheduler.waiting == [low, same]
 
 
+def arriving(second, priority, length=4):
+    """A request that comes at a point in time."""
+    return make_request([1] * length, priority=priority, metrics=RequestMetrics(arrival_time=1e6 + second))
+
+
+def test_a_low_priority_is_served_though_high_ones_keep_coming():
+    """One row at a time, and each ten seconds another request of a high priority, which takes ten seconds."""
+    scheduler = make_scheduler(PriorityScheduler, seqs=1)
+    low = arriving(0, 3)
+    scheduler.add(low)
+    for second in range(0, 1000, 10):
+        scheduler.add(arriving(second, 0))
+        ((served, _, _),) = step(scheduler)
+        scheduler.remove(served)
+        if served is low:
+            break
+    assert second == 180  # three levels, a minute each
+
+
+def test_requests_of_one_moment_are_in_the_order_of_their_priorities():
+    scheduler = make_scheduler(PriorityScheduler)
+    requests = [arriving(0, priority) for priority in (200, 1, 10**400, 0, -(2**70), 1, 0, -(10**400))]
+    for request in requests:
+        scheduler.add(request)
+    assert [request.priority for request in scheduler.waiting] == sorted(request.priority for request in requests)
+    assert scheduler.waiting == sorted(requests, key=lambda request: (request.priority, request.order))
+
+
+def test_equal_priorities_are_first_come_first_served():
+    scheduler = make_scheduler(PriorityScheduler)
+    later, sooner = arriving(1e-6, 7), arriving(0, 7)
+    for request in (later, sooner):
+        scheduler.add(request)
+    assert scheduler.waiting == [sooner, later]
+
+
 def test_out_of_blocks_the_last_in_the_order_goes():
     scheduler = make_scheduler(num_blocks=5, budget=20)
     a, b = add(scheduler, 8, 7)
@@ -132,6 +169,18 @@ def test_priority_decides_who_goes():
     assert scheduler.running == [high, low]
     assert step(scheduler) == [(high, 8, 1)]
     assert scheduler.waiting == [low]
+
+
+@pytest.mark.parametrize(("second", "first"), [(59, False), (61, True)])
+def test_a_low_priority_that_came_long_before_keeps_its_blocks(second, first):
+    scheduler = make_scheduler(PriorityScheduler, num_blocks=5, budget=20)
+    low, high = arriving(0, 1, 8), arriving(second, 0, 8)
+    scheduler.add(high)
+    scheduler.add(low)
+    step(scheduler)
+    made = scheduler.schedule()
+    assert made.preempted == [high if first else low]
+    assert [row.request for row in made.rows] == [low if first else high]
 
 
 def test_the_tokens_of_a_preempted_share_go_to_others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,16 @@ def test_a_request_and_its_continuation(loop: Any) -> None:
     assert whole[-1].prefill > 0
     again = run(loop, Add("b", [5, 6, 7], GREEDY, output=tokens(whole)[:4]))["b"]
     assert tokens(again) == tokens(whole)[4:]
+
+
+def test_a_request_is_as_old_as_its_call(loop: Any) -> None:
+    """Its turn depends on that; the time that it waited in the front is the front's to count."""
+    came = time.monotonic() - 1000
+    made, socket = loop
+    socket.unread.append(encode(Add("a", [5, 6, 7], GREEDY, arrival=came)))
+    made._read()
+    assert made._carried["a"].request.metrics.arrival_time == came
+    assert 0 <= run(loop)["a"][-1].queued < 500
 
 
 def test_logprobs_are_told_once(loop: Any) -> None:

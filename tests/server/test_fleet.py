@@ -395,6 +395,21 @@ def test_supervision_outlives_what_fails_in_it(fleet: Any, monkeypatch: pytest.M
     fleet(test)
 
 
+def test_an_engine_that_can_not_be_told_something_is_replaced(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the request that it was not told of would wait for ever."""
+
+    async def test(made: Fleet) -> None:
+        def fails(*_: Any) -> None:
+            raise zmq.ZMQError(errno.ENOMEM)
+
+        monkeypatch.setattr(made._replicas[0]._process._to, "send", fails, raising=False)
+        ones = [submission(i) for i in range(3)]
+        assert [tokens for tokens, _ in await carried(made, ones)] == [answer(one) for one in ones]
+        assert len(ScriptedEngine.started) == 2
+
+    fleet(test)
+
+
 def test_a_removed_folder_of_sockets_is_made_again(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         shutil.rmtree(made._sockets._folder)
@@ -505,6 +520,51 @@ def test_priority(fleet: Any) -> None:
         assert ended.index("soon") < ended.index("last")
 
     fleet(test, max_num_seqs=1, scheduler="priority")
+
+
+def test_a_low_priority_is_served_though_high_ones_keep_coming(fleet: Any) -> None:
+    """Whenever one ends, another one of a high priority comes, ten seconds later by its own clock."""
+
+    async def test(made: Fleet) -> None:
+        began = asyncio.get_running_loop().time()
+        ended: list[int] = []
+
+        async def note(priority: int, number: int) -> None:
+            one = submission(number % 200, count=4, name=f"{priority}-{number}", priority=priority)
+            one.record.arrival = began + 10.0 * number
+            await read(made.submit([one])[0])
+            ended.append(priority)
+
+        async def stream(first: int) -> None:
+            for number in range(first, 1000, 4):
+                if 3 in ended:
+                    return
+                await note(0, number)
+
+        await asyncio.gather(*(stream(first) for first in range(4)), note(3, 0))
+        assert 14 <= ended.index(3) <= 24  # three levels are three minutes; two seats and two that wait blur it
+
+    fleet(test, max_num_seqs=1, scheduler="priority")
+
+
+def test_requests_of_one_call_are_in_the_order_of_their_priorities(fleet: Any) -> None:
+    async def test(made: Fleet) -> None:
+        running = [made.submit([submission(i, count=10_000)])[0] for i in range(2)]
+        ones = [submission(9, name=f"{i}", priority=p) for i, p in enumerate((5, -(2**63), 2**63 - 1, 5, 0, 100))]
+        for one in ones:
+            one.record.arrival = ones[0].record.arrival
+        made.submit(ones)
+        assert [ticket.name for ticket in made._queue] == ["1", "4", "0", "3", "5", "2"]
+        for stream in running:
+            await stream.aclose()
+
+    fleet(test, max_num_seqs=1, scheduler="priority")
+
+
+def test_an_engine_is_told_when_the_call_came() -> None:
+    one = submission(5)
+    sent = decode_to_engine(encode(Ticket(one, 0, 0, lambda ticket: None).message(None)))
+    assert sent.arrival == one.record.arrival
 
 
 def test_what_an_engine_refuses(fleet: Any) -> None:

@@ -19,6 +19,7 @@ from server.test_server import error_of
 from hf_paged import strict_json
 from hf_paged.server import heavy
 from hf_paged.server.errors import APIError
+from hf_paged.server.pace import Pace
 from hf_paged.server.text import model_text
 
 LARGEST = 16 * 2**20
@@ -274,7 +275,15 @@ def test_text_that_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0.01)
         with pytest.raises(APIError) as caught:
             await encode(1)
-        assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        assert (caught.value.status, caught.value.code, caught.value.retry_after) == (429, "queue_full", 1)
+        seconds = 0.0
+        text._pace = pace = Pace(lambda: seconds)
+        pace.watch(True)
+        seconds = 2.0
+        pace.done(1000)
+        with pytest.raises(APIError) as caught:
+            await encode(4000)
+        assert caught.value.retry_after == 10  # 5,000 characters have to be done before, 500 a second
         slow.go.set()
         assert await first == 6000
         assert await encode(1) == 1

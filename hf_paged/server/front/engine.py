@@ -21,7 +21,7 @@ class Submission:
         params: how tokens are chosen; `n` is 1, and a sampled one has a seed.
         eos: ids that end it.
         banned: token sequences that must not be produced.
-        priority: smaller runs first, where the scheduler is "priority".
+        priority: smaller runs first, where the scheduler is "priority"; a level is worth a minute of waiting.
         cache_key: only requests of the same key share blocks.
         parent: a submission with the same prompt, handed in just before, whose blocks it shares.
         deadline, queue_deadline: points in `time.monotonic()` after which it ends, or ends unless it has begun.

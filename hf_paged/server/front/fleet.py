@@ -8,9 +8,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 
+from hf_paged.engine.scheduler import turn
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.front.engine import Snapshot, Submission
@@ -20,12 +20,12 @@ from hf_paged.server.front.router import Router
 from hf_paged.server.front.sockets import Sockets, sweep
 from hf_paged.server.front.tickets import Stream, Ticket
 from hf_paged.server.messages import Delta, EngineStats, Ready, WatchBlocks
+from hf_paged.server.pace import Pace, bounded
 from hf_paged.server.stats import ServerStats
 
 logger = logging.getLogger("hf_paged.server")
 
 KILLS = 2  # engines that a request may take with it
-RATE_WINDOW = 64  # finished requests that the Retry-After estimate looks back at
 
 
 class Fleet:
@@ -54,7 +54,9 @@ class Fleet:
         self._tickets: dict[Submission, Ticket] = {}
         self._order = itertools.count()
         self._queued_tokens = 0
-        self._finishes: deque[float] = deque(maxlen=RATE_WINDOW)
+        self._pace = Pace()  # of sequences that end
+        self._began = time.monotonic()
+        self._loading: float | None = None  # seconds that the first engine took to be ready
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
         stats.on_watch = self._watch
@@ -64,6 +66,7 @@ class Fleet:
     def start(self) -> None:
         """Start the engine processes; needs a running event loop."""
         sweep()
+        self._began = time.monotonic()
         self._tasks = [asyncio.create_task(replica.run()) for replica in self._replicas]
         self._tasks.append(asyncio.create_task(self._watchdog()))
 
@@ -163,8 +166,9 @@ class Fleet:
         return [ticket.stream for ticket in tickets]
 
     def _ticket(self, submission: Submission) -> Ticket:
-        priority = submission.priority if self._config.paged.scheduler == "priority" else 0
-        ticket = Ticket(submission, next(self._order), priority, self._left)
+        by_priority = self._config.paged.scheduler == "priority"
+        own = turn(submission.record.arrival, submission.priority) if by_priority else 0
+        ticket = Ticket(submission, next(self._order), own, self._left)
         ticket.check()
         return ticket
 
@@ -188,9 +192,11 @@ class Fleet:
     def check_room(self, count: int, tokens: int = 0) -> None:
         """See `EngineClient.check_room`."""
         if self._closed or self.info is None:
-            raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=5)
+            after = self._ready_in()
+            raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=after)
         if all(replica.lost for replica in self._replicas):
-            raise APIError(503, _unstartable(self._replicas[0]), code="engine", retry_after=5)
+            after = bounded(self._replicas[0].pause + self._ready_in())
+            raise APIError(503, _unstartable(self._replicas[0]), code="engine", retry_after=after)
         seats = sum(replica.room for replica in self._replicas)
         if count > seats + self._config.max_queue_requests:
             most = seats + self._config.max_queue_requests
@@ -198,22 +204,43 @@ class Fleet:
         room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
         waiting = len(self._queue) + len(self._returning) + count - room
         most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens
-        after = self._retry_after()
         if waiting > most:
+            after = self._retry_after()
             message = f"{len(self._queue)} requests are waiting, and {most} may; try again in {after:.0f} s"
             raise APIError(429, message, code="queue_full", retry_after=after)
         if self._queue and self._queued_tokens + tokens > most_tokens:
+            after = self._retry_after()
             message = (
                 f"{self._queued_tokens} prompt tokens are waiting, and {most_tokens} may; try again in {after:.0f} s"
             )
             raise APIError(429, message, code="queue_full", retry_after=after)
 
     def _retry_after(self) -> float:
-        """Seconds until the queue, at the pace of late, has moved on by a half."""
-        if len(self._finishes) < 2:
-            return 1.0
-        pace = len(self._finishes) / max(1e-3, time.monotonic() - self._finishes[0])
-        return min(60.0, max(1.0, (len(self._queue) + 1) / 2 / pace))
+        """Seconds until half of what waits has its turn, at the pace at which sequences end while others wait."""
+        pace = self._pace.rate or self._projected()
+        if pace is None:  # nothing is known yet: as long again as the oldest has been here
+            oldest = next(iter(self._tickets), None)
+            return bounded(0.0 if oldest is None else time.monotonic() - oldest.record.arrival)
+        return bounded((len(self._queue) + len(self._returning) + 1) / 2 / pace)
+
+    def _projected(self) -> float | None:
+        """Sequences that will end a second, as far as those on engines have come; None: they have brought nothing.
+
+        By Little's law that is how many there are by how long each stays.
+        """
+        now, totals = time.monotonic(), self._stats.totals
+        ended = sum(totals.finished.values())
+        typical = totals.output_tokens / ended if ended else None
+        placed = [ticket for replica in self._replicas for ticket in replica.tickets.values()]
+        stays = [stay for ticket in placed if (stay := ticket.stay(now, typical)) is not None]
+        return len(placed) * len(stays) / max(1e-3, sum(stays)) if stays else None
+
+    def _ready_in(self) -> float:
+        """Seconds until an engine that is being started may be ready: as long as the first one took.
+
+        While that one loads, as long again as it has taken so far.
+        """
+        return bounded(time.monotonic() - self._began if self._loading is None else self._loading)
 
     def _set_timers(self, ticket: Ticket) -> None:
         loop, now = asyncio.get_running_loop(), time.monotonic()
@@ -225,13 +252,18 @@ class Fleet:
 
     def _waited_too_long(self, ticket: Ticket) -> None:
         if ticket.replica is None and not ticket.output and not ticket.returning:
-            self.abort(ticket.submission, "queue_timeout")
+            self._end(ticket, Delta(ticket.name, finish="queue_timeout", retry_after=self._retry_after()))
 
     # --------------------------------------------------------------------------------------------------------- placing
 
     def _pump(self) -> None:
         """Hand out what the replicas have room for: first what comes back from dead engines, one at a time each."""
         self._place_returning()
+        self._place_queued()
+        working = any(replica.state == "ready" for replica in self._replicas)
+        self._pace.watch(working and bool(self._queue))
+
+    def _place_queued(self) -> None:
         while self._queue:
             open_ones = [r for r in self._replicas if _has_room(r) and r.probe is None and not self._returning]
             if not open_ones:
@@ -258,7 +290,8 @@ class Fleet:
     def replica_ready(self, replica: Replica, ready: Ready) -> None:
         """See `replica.Owner`."""
         replica.room = ready.max_num_seqs + max(1, ready.max_num_seqs // 8)
-        self.info = self.info or ready
+        if self.info is None:
+            self.info, self._loading = ready, time.monotonic() - self._began
         self._pump()
         if all(other.state in ("ready", "stopped") for other in self._replicas):
             self._tasks.append(asyncio.create_task(self._spares.prepare()))
@@ -323,7 +356,8 @@ class Fleet:
         record = ticket.submission.record
         self._stats.brought(record, delta)
         self._stats.ended(record, delta.finish, delta.error)
-        self._finishes.append(time.monotonic())
+        if ticket.output:  # what left before its turn tells nothing of the engines' pace
+            self._pace.done()
         ticket.stream.put(delta)
         self._pump()
 

@@ -102,7 +102,7 @@ class Replica:
             while self.failure is None and not self._stopping:
                 await self._live_once()
                 if self.failure is None and not self._stopping:
-                    await asyncio.sleep(self._pause())
+                    await asyncio.sleep(self.pause)
         finally:
             self.state = "stopped"
 
@@ -139,8 +139,9 @@ class Replica:
         if self._ready_since is None:
             self.kill(f"it wasn't ready within startup_timeout={self._config.startup_timeout:g} s")
 
-    def _pause(self) -> float:
-        """Nothing after the first death, then ever longer."""
+    @property
+    def pause(self) -> float:
+        """Seconds before the next process is started: none after the first death, then ever longer."""
         if self._deaths <= 1:
             return 0.0
         return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._deaths - 2))

@@ -79,6 +79,12 @@ def _merged(deltas: list[Delta]) -> Delta:
 class Ticket:
     """A sequence that the fleet has accepted and not finished.
 
+    Args:
+        submission: what it is.
+        order: its number.
+        turn: what the queue is ordered by before the number, smallest first.
+        on_leave: called when its reader leaves before the end.
+
     Attributes:
         output: tokens so far, over all engines that it was on.
         replica: where it is placed, or None: it waits in the front.
@@ -87,10 +93,10 @@ class Ticket:
         kills: engines that died while it was the only one that could have done it.
     """
 
-    def __init__(self, submission: Submission, order: int, priority: int, on_leave: Callable[[Ticket], None]) -> None:
+    def __init__(self, submission: Submission, order: int, turn: int, on_leave: Callable[[Ticket], None]) -> None:
         self.submission = submission
         self.name = submission.record.request_id
-        self.sort_key = (priority, order)
+        self.sort_key = (turn, order)
         self.stream = Stream(lambda: on_leave(self))
         self.output: list[int] = []
         self.replica: Replica | None = None
@@ -111,8 +117,23 @@ class Ticket:
     @property
     def expected(self) -> int:
         """Tokens that are still to be computed for it, at most: what a replica's load is measured in."""
-        params = self.submission.params
-        return (self.size if self.fresh else 0) + max(0, (params.max_tokens or 256) - len(self.output))
+        return (self.size if self.fresh else 0) + max(0, self._most - len(self.output))
+
+    @property
+    def _most(self) -> int:
+        return self.submission.params.max_tokens or 256
+
+    def stay(self, now: float, typical: float | None) -> float | None:
+        """Seconds that an engine has it in all, at its pace so far; None: it has brought nothing.
+
+        Args:
+            now: `time.monotonic()`.
+            typical: tokens that outputs have on average; None: not known, it takes as many as it may.
+        """
+        if not self.output:
+            return None
+        tokens = max(len(self.output), min(self._most, typical or self._most))
+        return (now - self.submission.record.arrival - self._waited) * tokens / len(self.output)
 
     def check(self) -> None:
         """Refuse a sequence that can't be packed for an engine, while nothing holds it yet.
@@ -141,6 +162,7 @@ class Ticket:
             priority=submission.priority,
             cache_key=submission.cache_key,
             parent=parent.name if parent is not None and parent.replica is self.replica and not parent.done else None,
+            arrival=submission.record.arrival,
         )
 
     def placed_on(self, replica: Replica) -> None:

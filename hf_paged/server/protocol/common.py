@@ -238,7 +238,9 @@ class Shared(Accepted):
     )
     allowed_token_ids: ListOf[TokenId] | None = None
     bad_words: ListOf[Word] | None = Field(None, max_length=MOST_WORDS)
-    priority: Int = Field(0, ge=-INT64, le=INT64, description="Smaller runs first; needs the scheduler 'priority'.")
+    priority: Int = Field(
+        0, ge=-INT64, le=INT64, description="Smaller first, a minute for each level; needs the scheduler 'priority'."
+    )
     request_id: Str | None = Field(None, min_length=1, max_length=128, description="Instead of X-Request-Id.")
     cache_salt: Str | None = Field(
         None, min_length=1, description="Only requests of the same salt share cached blocks."
