@@ -3,6 +3,7 @@
 #   make demo         SmolLM2-135M, stock generate() against the patched one
 #   make test         the test suite, on CPU, without a network (ARGS="-k blocks" goes to pytest)
 #   make test-slow    its slow part: SmolLM2's real weights, servers under load and killed again and again
+#   make test-hostile servers under faults, hostile clients and random bytes (HF_PAGED_FULL=1: ten minutes)
 #   make test-oldest  the same against the oldest Transformers supported
 #   make test-latest  the same against the newest Transformers that the package index has
 #   make lint         ruff and mypy
@@ -20,11 +21,11 @@ ENV_FILES = pyproject.toml constraints.txt tools/setup_env.py
 # One thread for each test process: more of them than cores would only wait for each other.
 PYTEST = env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST_ARGS = -q -n $(JOBS) --dist worksteal --durations 15
-FAST = -m "not slow"
+FAST = -m "not slow and not hostile"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-oldest test-latest lint format bench wheel wheel-test clean
+.PHONY: help demo test test-slow test-hostile test-oldest test-latest lint format bench wheel wheel-test clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +38,10 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	$(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m slow $(ARGS)
+
+# Alone on the machine: it counts what the server holds, and prints how long clients waited.
+test-hostile: $(VENV)/ready
+	$(PYTEST) $(VENV)/bin/python -m pytest -q -rP --durations 5 -m hostile tests/server/hostile $(ARGS)
 
 test-oldest: .venv-oldest/ready
 	$(PYTEST) .venv-oldest/bin/python -m pytest $(PYTEST_ARGS) $(FAST) $(ARGS)

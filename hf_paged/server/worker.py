@@ -70,7 +70,18 @@ class _Observer:
 
 
 def main() -> None:
-    """Build the engine, say that it is ready, and carry requests until the front says stop or is gone."""
+    """Build the engine, say that it is ready, and carry requests until the front says stop or is gone.
+
+    However it ends, the process does at once: left to itself, zmq would wait for what can't be sent.
+    """
+    try:
+        _serve()
+    except BaseException:
+        logger.exception("the engine process fails")
+        os._exit(1)
+
+
+def _serve() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the front decides what ends
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -134,10 +134,19 @@ class EngineProcess:
         self._from.close(linger=0)
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message; never waits. One to a process that is dead is lost."""
-        if not self._to.closed:
-            with contextlib.suppress(zmq.Again):
-                self._to.send(encode(message), zmq.NOBLOCK)
+        """Queue a message; never waits. One to a process that is dead is lost.
+
+        A process that can't be told something would never answer it: it is ended, and another one is told.
+        """
+        if self._to.closed:
+            return
+        try:
+            self._to.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # nobody is connected yet, or any more
+            pass
+        except zmq.ZMQError as error:
+            logger.error("the engine process %s can't be sent messages (%s), and is killed", self.pid, error)
+            self.kill()
 
     def stop(self) -> None:
         """Ask it to end."""
