@@ -30,6 +30,7 @@ logger = logging.getLogger("hf_paged.server")
 
 ABORTED = 130  # the exit status after a second signal
 POLL = 0.02
+SWITCH = 0.001  # seconds that a thread may keep the event loop waiting, a fifth of Python's own
 DESCRIPTORS = 512  # that a server needs beside its connections
 
 
@@ -38,6 +39,7 @@ def serve(config: ServerConfig) -> int:
     logs.configure(config.log_level, config.log_format)
     _check_tls(config)
     _raise_descriptors(config.max_connections)
+    sys.setswitchinterval(SWITCH)
     loop = _new_loop()
     asyncio.set_event_loop(loop)
     try:

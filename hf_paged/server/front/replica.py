@@ -16,7 +16,7 @@ from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, 
 logger = logging.getLogger("hf_paged.server")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-YOUNG = 30.0  # an engine that was ready for less than that died young
+YOUNG = 30.0  # an engine that was ready for less than that, and served nobody, died young
 LOST = 10  # first starts in a row that failed, after which a replica counts as lost
 
 
@@ -62,6 +62,7 @@ class Replica:
         self._owner = owner
         self._process: EngineProcess | None = None
         self._ready_since: float | None = None
+        self._served = False  # whether its process has finished a request
         self._deaths = 0  # in a row, of engines that were young
         self._failed_starts = 0  # in a row, of engines that never were ready
         self._progress = time.monotonic()
@@ -107,7 +108,7 @@ class Replica:
             self.state = "stopped"
 
     async def _live_once(self) -> None:
-        self._ready_since, self._why = None, ""
+        self._ready_since, self._served, self._why = None, False, ""
         try:
             ended = _describe(await self._run_process())
         except Exception as error:
@@ -116,7 +117,7 @@ class Replica:
         self.why = why = self._why or ended
         age = time.monotonic() - self._ready_since if self._ready_since is not None else 0.0
         was_ready = self._ready_since is not None
-        self._deaths = 0 if age >= YOUNG else self._deaths + 1
+        self._deaths = 0 if self._served or age >= YOUNG else self._deaths + 1
         self._failed_starts += not was_ready
         self.state = "restarting" if self.state != "starting" or was_ready else "starting"
         tickets, self.tickets, self.probe = list(self.tickets.values()), {}, None
@@ -186,6 +187,7 @@ class Replica:
         if isinstance(message, Deltas):
             self._progress = time.monotonic()
             for delta in message.deltas:
+                self._served = self._served or delta.finish in ("stop", "length")
                 self._owner.replica_brought(self, delta)
         elif isinstance(message, EngineStats):
             if message.num_steps != self._num_steps or not message.busy:

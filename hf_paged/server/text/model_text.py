@@ -23,12 +23,12 @@ from hf_paged.text.tokens import TokenTexts
 T = TypeVar("T")
 
 THREADS = 4
-LONG_THREADS = 2
+LONG_THREADS = 1  # long steps of C, which let no other thread run, come one after the other: see `heavy`
 LONG = 2**18  # characters of a text that has to leave the other threads to shorter ones
 MOST_WAITING = 2**26  # characters that wait to be tokenised, or are; a single text may be longer
 CHARACTERS_A_SECOND = 1_000_000  # that are tokenised, until it is measured
 MOST_TOKENS = 2**18  # ids that a text may become, or that may become a text, where the model takes fewer
-PIECE = 50_000  # characters that are tokenised at a time to see whether a text is too long
+PIECE = 50_000  # characters that are tokenised at a time to see whether a text is too long; ids of a short text
 SEAM = 8  # tokens that cutting a text may add at a seam
 
 
@@ -155,7 +155,9 @@ class ModelText:
 
     async def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ids."""
-        return await self.run(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special)
+        call = functools.partial(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special)
+        threads = self._threads if len(ids) <= PIECE else self._long_threads
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
 
     async def render(
         self,
