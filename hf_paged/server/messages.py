@@ -52,6 +52,10 @@ class WatchBlocks(msgspec.Struct, array_like=True, tag="watch"):
     seconds: float
 
 
+class Hello(msgspec.Struct, array_like=True, tag="hello"):
+    """The first message: the front is connected."""
+
+
 class Stop(msgspec.Struct, array_like=True, tag="stop"):
     """Close the engine and end the process."""
 
@@ -203,7 +207,7 @@ class Failed(msgspec.Struct, array_like=True, tag="failed"):
     usage: bool = False
 
 
-ToEngine = Add | Abort | WatchBlocks | Stop
+ToEngine = Hello | Add | Abort | WatchBlocks | Stop
 FromEngine = Ready | Deltas | EngineStats | Failed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -31,13 +31,13 @@ from hf_paged.params import SamplingParams
 from hf_paged.server import logs
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.engine_loop import EngineLoop, StepLog
-from hf_paged.server.front.sockets import missing
 from hf_paged.server.messages import Failed, Ready, encode
 from hf_paged.types import Request
 
 logger = logging.getLogger("hf_paged.server.worker")
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+REACHES_FRONT = 30_000  # milliseconds after which a front that isn't connected won't be
 LINGER = 1000  # milliseconds that the last messages have to reach the front
 
 
@@ -47,7 +47,7 @@ class Orders:
 
     Attributes:
         replica: its index. replicas: how many there are on this machine.
-        inbox, outbox: addresses of the sockets that it reads from and writes to; the front has bound them.
+        inbox, outbox: addresses of the sockets that it reads from and writes to. It binds them; the front connects.
         config: the server's options.
     """
 
@@ -92,24 +92,34 @@ def _serve() -> None:
     threading.Thread(target=_die_with_front, daemon=True).start()
     logs.configure(orders.config.log_level, orders.config.log_format)
     disable_progress_bar()  # its line is none of a log's
-    if missing(orders.inbox) or missing(orders.outbox):
-        logger.error("the sockets of the front are gone: something has removed its temporary folder")
-        os._exit(1)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, address in ((inbox, orders.inbox), (outbox, orders.outbox)):
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.connect(address)
+        socket.setsockopt(zmq.SNDTIMEO, REACHES_FRONT)
+        socket.bind(address)  # fails where something has removed the front's temporary folder
     try:
         loop, ready = build(orders, inbox, outbox)
     except Exception as error:
         logger.exception("the engine can't be built")
         outbox.send(encode(Failed(f"{type(error).__name__}: {error}", usage=isinstance(error, HFPagedError))))
         _exit(context, 1)
+    _wait_for_front(inbox)
     outbox.send(encode(ready))
     loop.run()
     _exit(context, 0)
+
+
+def _wait_for_front(inbox: zmq.Socket[bytes]) -> None:
+    """Return when the front has connected to the inbox, as its first message shows.
+
+    Raises:
+        HFPagedError: it hasn't, and won't: something has removed the socket's file before.
+    """
+    if not inbox.poll(REACHES_FRONT):
+        raise HFPagedError(f"the front has not connected within {REACHES_FRONT / 1000:g} s")
+    inbox.recv()
 
 
 def _exit(context: zmq.Context[zmq.Socket[bytes]], status: int) -> NoReturn:

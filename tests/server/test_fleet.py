@@ -33,6 +33,7 @@ from hf_paged.server.messages import (
     Deltas,
     EngineStats,
     Failed,
+    Hello,
     Ready,
     Stop,
     decode_to_engine,
@@ -90,9 +91,10 @@ class ScriptedEngine:
     async def _run(self) -> None:
         context = zmq.asyncio.Context.instance()
         inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        inbox.connect(self._orders.inbox)
-        outbox.connect(self._orders.outbox)
+        inbox.bind(self._orders.inbox)
+        outbox.bind(self._orders.outbox)
         try:
+            assert isinstance(decode_to_engine(await inbox.recv()), Hello)
             if type(self).failing:
                 type(self).failing -= 1
                 await outbox.send(encode(Failed("no memory")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import time
@@ -87,6 +88,27 @@ def test_without_the_servers_packages(monkeypatch: pytest.MonkeyPatch, capsys: p
     for command in (["serve", "x"], ["chat", "x"]):
         assert cli.main(command) == 2
         assert "pip install '.[server]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
+def test_an_engine_that_comes_while_there_are_no_descriptors(serve: Callable[..., ServerProcess]) -> None:
+    """The front lives on (libzmq ends a process that has none left for a connection that it accepts), and serves."""
+    server = serve("--no-spare-engine").wait_ready()
+    front = psutil.Process(server.process.pid)
+    before = resource.prlimit(front.pid, resource.RLIMIT_NOFILE)
+    os.kill(server.engine_pids[0], signal.SIGKILL)
+    until = time.monotonic() + 120
+    while not front.children() or front.children()[0].pid == server.engine_pids[0]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    resource.prlimit(front.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    time.sleep(12)  # about what the new engine takes to be there
+    resource.prlimit(front.pid, resource.RLIMIT_NOFILE, before)
+    wait_for_health(server, 200)
+    answered = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=120)
+    assert answered.json()["usage"]["completion_tokens"] > 0
+    assert server.stop() == 0
 
 
 @pytest.mark.slow

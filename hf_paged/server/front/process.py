@@ -13,7 +13,7 @@ import zmq
 
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.front.sockets import Sockets
-from hf_paged.server.messages import FromEngine, Stop, ToEngine, decode_from_engine, encode
+from hf_paged.server.messages import FromEngine, Hello, Stop, ToEngine, decode_from_engine, encode
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ class EngineProcess:
     """A running engine process and the two sockets to it.
 
     Args:
-        sockets: where its sockets are made.
+        sockets: where the sockets to it are made. The engine process binds them, and this one connects to them: libzmq
+            ends a process that has no descriptor left when another one connects to it, and tries again where a
+            connection can't be made.
         spares: where the process comes from.
         on_message: called in the event loop with each message.
 
@@ -79,18 +81,21 @@ class EngineProcess:
     """
 
     def __init__(self, sockets: Sockets, spares: Spares, on_message: Callable[[FromEngine], None]) -> None:
-        self._spares = spares
+        self._sockets, self._spares = sockets, spares
+        self._addresses: list[str] = []
         self._to = sockets.plain.socket(zmq.PUSH)
         self._from = sockets.context.socket(zmq.PULL)
         self._on_message = on_message
         self._process: asyncio.subprocess.Process | None = None
         self.pid: int | None = None
         try:
-            self._inbox_address, self._outbox_address = sockets.address(), sockets.address()
-            for socket, address in ((self._to, self._inbox_address), (self._from, self._outbox_address)):
+            for socket in (self._to, self._from):
+                address = sockets.address()
+                self._addresses.append(address)
                 socket.setsockopt(zmq.SNDHWM, 0)  # what may be queued is bounded by the front's admission
                 socket.setsockopt(zmq.RCVHWM, 0)
-                socket.bind(address)
+                socket.connect(address)  # before the other end is there, which zmq waits for
+            self._to.send(encode(Hello()))
         except BaseException:
             self._close()
             raise
@@ -103,7 +108,8 @@ class EngineProcess:
         """
         from hf_paged.server.worker import Orders
 
-        orders = Orders(replica, config.replicas, self._inbox_address, self._outbox_address, config)
+        inbox, outbox = self._addresses
+        orders = Orders(replica, config.replicas, inbox, outbox, config)
         try:
             process = self._process = await self._spares.take()
             self.pid = process.pid
@@ -132,6 +138,8 @@ class EngineProcess:
     def _close(self) -> None:
         self._to.close(linger=0)
         self._from.close(linger=0)
+        for address in self._addresses:
+            self._sockets.discard(address)
 
     def send(self, message: ToEngine) -> None:
         """Queue a message; never waits. One to a process that is dead is lost.
@@ -142,8 +150,6 @@ class EngineProcess:
             return
         try:
             self._to.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:  # nobody is connected yet, or any more
-            pass
         except zmq.ZMQError as error:
             logger.error("the engine process %s can't be sent messages (%s), and is killed", self.pid, error)
             self.kill()

@@ -18,6 +18,7 @@ import zmq.asyncio
 
 logger = logging.getLogger("hf_paged.server")
 
+SCHEME = "ipc://"
 PREFIX = "hf_paged-"
 LOCK = "lock"  # held for as long as the folder's server lives
 NAME_LENGTH = 32  # characters that the folder and a socket add to a path, at most
@@ -49,7 +50,12 @@ class Sockets:
             folder = _new_folder()
             self._lock = _locked(folder)
             self._folder = folder  # not before: one without a lock could be swept
-        return f"ipc://{self._folder}/{next(self._numbers)}"
+        return f"{SCHEME}{self._folder}/{next(self._numbers)}"
+
+    def discard(self, address: str) -> None:
+        """Remove the file of a socket, which a process that was killed leaves behind."""
+        with contextlib.suppress(OSError):
+            os.unlink(address.removeprefix(SCHEME))
 
     def _forget_folder(self) -> None:
         if self._lock is not None:
@@ -62,11 +68,6 @@ class Sockets:
         """Remove everything."""
         self.context.destroy(linger=0)
         self._forget_folder()
-
-
-def missing(address: str) -> bool:
-    """Whether the file of a socket is gone, so that connecting to it would wait for ever."""
-    return not os.path.exists(address.removeprefix("ipc://"))
 
 
 def sweep() -> None:
