@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -60,6 +61,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.config, app.state.engine, app.state.text, app.state.stats = config, engine, text, stats
+    app.state.seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
     app.state.lifecycle = Lifecycle()
     if config.log_requests:
         stats.subscribe(RequestLog())

@@ -27,7 +27,8 @@ class ServerConfig:
         chat_template: a template, or the path of a file with one; None: the tokenizer's.
         trust_request_chat_template: let calls bring a template of their own.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together.
-        seed: of the seeds that requests without one are given; None: from the operating system.
+        seed: of the seeds that requests without one are given, in the order in which they come; None: from the
+            operating system.
         paged: options of the engines.
         replicas: engine processes.
         host, port, root_path: where it listens, and below which path it is seen.

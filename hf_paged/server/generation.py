@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
@@ -70,6 +71,7 @@ class Call:
         self.config: ServerConfig = state.config
         self.engine: EngineClient = state.engine
         self.model_text: ModelText = state.text
+        self.seeds: random.Random = state.seeds
         self.body = body
         self._lifecycle, self._stats = state.lifecycle, state.stats
         self.ready = self._check()

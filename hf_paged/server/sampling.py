@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,13 +42,14 @@ def sampling_params(
     body: Shared,
     ready: Ready,
     *,
+    seeds: random.Random,
     max_tokens: int,
     logprobs: int | None = None,
     shape: Shape | None = None,
 ) -> SamplingParams:
     """The parameters of a call, over the defaults of the model's generation config.
 
-    A sampled call without a seed gets one, so that it goes on exactly where it was after an engine died.
+    A sampled call without a seed gets one of `seeds`, so that it goes on exactly where it was after an engine died.
 
     Raises:
         APIError: 400, a value is out of range, or contradicts another.
@@ -66,7 +67,7 @@ def sampling_params(
     except ConfigError as error:
         raise refusal(str(error), body, shape) from error
     if params.seed is None and not params.greedy:
-        params = params.replace(seed=secrets.randbits(48))
+        params = params.replace(seed=seeds.getrandbits(48))
     return params
 
 

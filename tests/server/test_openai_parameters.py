@@ -346,3 +346,25 @@ def test_the_guide_lists_what_is_taken_and_what_is_refused() -> None:
     guide = (Path(__file__).parents[2] / "migration_guide" / "serving.md").read_text()
     for name in {*Accepted.model_fields, *REASONS} - {"use_beam_search", "length_penalty"}:
         assert re.search(rf"`{name}\b", guide), f"serving.md doesn't tell of {name}"
+
+
+def test_the_servers_seed_makes_calls_repeat() -> None:
+    """Calls without a seed get one each: the same ones from servers with the same --seed, in the order of the calls."""
+
+    def seeds(**options: Any) -> list[int | None]:
+        engine = fakes.FakeEngine()
+        app = fakes.application(engine, **options)
+        for path, field in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/responses", {"input": "x"}),
+        ):
+            assert fakes.call(app, "POST", path, json={**field, "temperature": 1}).status_code == 200
+        return [submission.params.seed for submission in engine.asked]
+
+    first = seeds(seed=5)
+    assert len(set(first)) == 3
+    assert None not in first
+    assert seeds(seed=5) == first
+    assert seeds(seed=6) != first
+    assert seeds() != seeds()

@@ -57,7 +57,7 @@ class _Answer:
         wanted = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
         room = call.room(ids, "messages", **wanted)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        make = functools.partial(sampling_params, max_tokens=room, logprobs=logprobs, shape=shape)
+        make = functools.partial(sampling_params, seeds=call.seeds, max_tokens=room, logprobs=logprobs, shape=shape)
         params = await heavy.run_if(call.has_long_lists, make, body, call.ready)
         await call.start([(ids, params)], shape)
 

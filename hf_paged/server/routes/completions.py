@@ -53,7 +53,9 @@ class _Answer:
         rooms = [call.room(ids, "prompt", max_tokens=body.max_tokens) for ids in prompts]
         params: list[tuple[list[int], SamplingParams]] = []
         for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
-            one = sampling_params(body, call.ready, max_tokens=room, logprobs=body.logprobs, shape=shape)
+            one = sampling_params(
+                body, call.ready, seeds=call.seeds, max_tokens=room, logprobs=body.logprobs, shape=shape
+            )
             if body.echo and body.logprobs is not None and one.prompt_logprobs is None:
                 one = one.replace(prompt_logprobs=body.logprobs)
             if body.seed is not None and number:  # prompts of one call draw differently

@@ -67,6 +67,7 @@ class _Answer:
         shape = self._shape()
         make = functools.partial(
             sampling_params,
+            seeds=call.seeds,
             max_tokens=call.room(ids, "input", max_output_tokens=body.max_output_tokens),
             logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
             shape=shape,
