@@ -10,6 +10,7 @@ Run as a file, this module is the process. Then it imports nothing but the stand
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -83,10 +84,10 @@ class Pool:
 
     def _take(self) -> _Process:
         """A process that waits for a frame, or a new one."""
-        while self._idle:
-            process = self._idle.pop()
-            if process.alive:
-                return process
+        with contextlib.suppress(IndexError):  # none is left
+            while not (process := self._idle.pop()).alive:
+                pass
+            return process
         try:
             return _Process(self._program, self._first, self._memory)
         except (Ended, OSError) as error:
@@ -142,7 +143,7 @@ class _Process:
         found = bytearray()
         while len(found) < count:
             wait(self._answers, select.POLLIN)
-            piece = os.read(self._answers, count - len(found))
+            piece = os.read(self._answers, min(count - len(found), 2**20))
             if not piece:
                 raise Ended(_why(self._process.wait()))
             found += piece

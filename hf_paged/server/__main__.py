@@ -11,7 +11,7 @@ from hf_paged.server.commands import add_serve_parser
 
 def main() -> int:
     """Serve until a signal; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hf_paged.server")
+    parser = argparse.ArgumentParser(prog="hf-paged")
     add_serve_parser(parser.add_subparsers())
     args = parser.parse_args(["serve", *sys.argv[1:]])
     try:

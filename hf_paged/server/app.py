@@ -75,7 +75,7 @@ def create_app(
     app.add_middleware(BodyLimit, most=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(APIKeys, keys=config.api_keys)
-    elif config.is_loopback and "*" not in config.allowed_hosts:
+    elif (config.is_loopback or config.allowed_hosts) and "*" not in config.allowed_hosts:
         app.add_middleware(Hosts, names={*LOCAL_NAMES, config.host, *config.allowed_hosts})
     if config.cors_origins:
         app.add_middleware(

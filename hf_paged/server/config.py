@@ -27,8 +27,8 @@ class ServerConfig:
         chat_template: a template, or the path of a file with one; None: the tokenizer's.
         trust_request_chat_template: let calls bring a template of their own.
         gpu_memory_utilization: share of a GPU's memory for weights and KV pool together.
-        seed: of the seeds that requests without one are given, in the order in which they come; None: from the
-            operating system.
+        seed: of the seeds that requests without one are given, so that the same calls, one after the other, have the
+            same answers; None: from the operating system.
         paged: options of the engines.
         replicas: engine processes.
         host, port, root_path: where it listens, and below which path it is seen.
@@ -41,7 +41,8 @@ class ServerConfig:
         cors_origins: origins that browsers may call from; none by default.
         max_body_bytes: of a request.
         max_connections: open ones. For a further one, the one that has waited longest for its client is closed.
-        max_connections_per_address: of them, from one address (for IPv6: one /64 network). Behind a proxy all are.
+        max_connections_per_address: of them, from one address (for IPv6: one /64 network). Behind a proxy, all clients
+            count as one address.
         client_timeout: seconds that a client may take to send a call (and one more for each 16 KiB of its body), and
             that it may leave an answer untaken.
         max_queue_requests, max_queue_tokens: what may wait for its first token; more is refused with 429.

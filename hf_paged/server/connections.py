@@ -1,7 +1,6 @@
 """Connections: how many there may be, and how long a client may take to send, and to take what it is sent.
 
-uvicorn's protocol over httptools has no such limits. Its protocol over h11 limits headers, and nothing else, and takes
-1.7 times as long for an event of a stream; Granian takes 1.3 times as long, hypercorn 2.3 times.
+uvicorn counts connections, and over h11 the bytes of headers, and no more.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import ipaddress
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -23,6 +22,8 @@ HEADER_BYTES = 2**16  # of a call's headers; and of whatever comes in a row and 
 SLOWEST = 2**14  # bytes a second; a client that sends a body, or takes an answer, at this pace is left its time
 AHEAD = 16  # calls that a client may send before the one before them is answered
 HURRY = 5.0  # seconds without progress that a drain allows
+LINGER = 2.0  # seconds in which a refused client may take its answer
+IGNORED_BYTES = 2**26  # that a client may send after its answer, before the connection is closed
 
 logger = logging.getLogger("hf_paged.server.connections")
 
@@ -77,19 +78,17 @@ class Connections:
             if not self._of_address[address]:
                 del self._of_address[address]
 
-    def waits(self, connection: Connection, *, anew: bool = False) -> None:
-        """It waits for its client; `anew`: since now."""
-        if anew:
-            self._waiting.pop(connection, None)
+    def waits(self, connection: Connection) -> None:
+        """It waits for its client."""
         if connection in self._open:
             self._waiting[connection] = None
 
     def works(self, connection: Connection) -> None:
-        """It waits for its client no more."""
+        """It doesn't wait for its client."""
         self._waiting.pop(connection, None)
 
     def hurry(self) -> None:
-        """Lose patience: the server is about to end."""
+        """Shorten the time for sending calls and taking answers to `HURRY`: the server is about to end."""
         self.patience = min(self.patience, HURRY)
         for connection in list(self._open):
             connection.hurry()
@@ -99,21 +98,26 @@ class Connection(HttpToolsProtocol):
     """A connection within limits.
 
     What a client owes is timed by one timer, from the connection's or a call's first byte to the call's last. A call
-    that comes whole in one piece, as nearly all do, costs none. One that becomes a WebSocket is limited no more.
+    that comes whole in one piece, as nearly all do, costs none. One that becomes a WebSocket is not limited any more.
     """
 
     def __init__(self, register: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._register = register
         self._refusal: APIError | None = None
+        self._upgraded = False
         self._receiving = False  # a call has begun, and not all of it has come
-        self._barren = 0  # bytes since the last one of a body
+        self._has_headers = False  # all headers of that call have come
+        self._barren = 0  # bytes received since the last byte of a body
         self._header_bytes = 0
         self._body_bytes = 0
+        self._ignored = 0  # bytes received that nobody wants any more
         self._owes: asyncio.TimerHandle | None = None
         self._owes_since = 0.0
         self._taking: asyncio.TimerHandle | None = None
         self._untaken = 0  # bytes that waited to be sent when `_taking` was set
+        self._calls: deque[Any] = deque()  # uvicorn's cycles of those that are not answered
+        self._closing: asyncio.TimerHandle | None = None  # set: it was refused
 
     # ------------------------------------------------------------------------------------------------- coming and going
 
@@ -122,18 +126,24 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         try:
             self._register.enter(self, _address(self.client))
-        except APIError as error:
-            self._refuse(error)
+        except APIError as error:  # not counted, so it doesn't stay
+            transport.write(_answer(error, self.server_state.default_headers))
+            transport.close()
         else:
             self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._leave()
+        self.pipeline.clear()
+        for cycle in self._calls:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def handle_websocket_upgrade(self) -> None:
         """See uvicorn."""
+        self._upgraded = True
         self._leave()
         super().handle_websocket_upgrade()
 
@@ -147,25 +157,45 @@ class Connection(HttpToolsProtocol):
         self._register.leave(self)
         self._expect_nothing()
         self._watch_taking(False)
+        if self._closing is not None:
+            self._closing.cancel()
 
     def _refuse(self, error: APIError) -> None:
-        """Answer with an error, where no other answer has begun, and close."""
-        if not self._may_answer():
+        """Answer with an error, where no other answer has begun, and close.
+
+        What the client still sends is read and ignored for a while: closing before it is read would take the answer
+        away from it.
+        """
+        if self._working or (self._receiving and self._has_headers and self.cycle.response_started):
             return self.drop(error.message)
         logger.info("connection refused", extra={"client": self.client and self.client[0], "why": error.message})
-        self._leave()
-        if self.cycle is not None:
-            self.cycle.disconnected = True  # whatever the application makes of half a call
+        self._expect_nothing()
+        self._watch_taking(False)
+        if self.cycle is not None:  # whatever the application makes of half a call
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.write(_answer(error, self.server_state.default_headers))
-        self.transport.close()
-        self.loop.call_later(HURRY, self.transport.abort)  # if it isn't taken
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._closing = self.loop.call_later(LINGER, self.transport.abort)
+        self._register.waits(self)
 
-    def _may_answer(self) -> bool:
-        """Whether the client waits for an answer to what it is sending, or to nothing, rather than to a call before."""
+    @property
+    def _working(self) -> bool:
+        """Whether a call has come whole and is not answered yet."""
         cycle = self.cycle
-        if cycle is None or (cycle.response_complete and not cycle.more_body):
-            return True
-        return cycle.more_body and not cycle.response_started and not self.pipeline
+        return bool(self.pipeline) or (cycle is not None and not cycle.response_complete and not cycle.more_body)
+
+    def _settle(self, owing: bool) -> None:
+        """See what the connection waits for: the application, or its client, which may be `owing` a call."""
+        if self._working:
+            self._register.works(self)
+        else:
+            self._register.waits(self)
+        if owing and not self._working:
+            self._expect()
+        else:
+            self._expect_nothing()
 
     # ---------------------------------------------------------------------------------------------- what a client sends
 
@@ -173,18 +203,16 @@ class Connection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         if self.transport.is_closing():
             return
+        if self._closing is not None:
+            return self._ignore(len(data))
         self._barren += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._upgraded or self._closing is not None:
             return
         if self._barren > HEADER_BYTES:
             self._refuse(_too_long())
-        elif self._receiving or self.cycle is None or self.cycle.response_complete:
-            self._register.waits(self)
-            self._expect()
         else:
-            self._register.works(self)
-            self._expect_nothing()
+            self._settle(owing=True)
 
     def send_400_response(self, msg: str) -> None:
         """Answer to what uvicorn can't parse, and to what the methods below raise."""
@@ -194,21 +222,37 @@ class Connection(HttpToolsProtocol):
         """See httptools."""
         if len(self.pipeline) >= AHEAD:
             self._stop(APIError(400, f"more than {AHEAD} calls were sent ahead of their answers", code="pipeline"))
-        self._receiving = True
-        self._header_bytes = self._body_bytes = 0
+        self._receiving, self._has_headers = True, False
+        self._header_bytes = self._body_bytes = self._ignored = 0
+        self._owes_since = time.monotonic()
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """See httptools."""
+        self._count_header(len(url))
+        super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """See httptools. Trailers come here too."""
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > HEADER_BYTES:
-            self._stop(_too_long())
+        self._count_header(len(name) + len(value))
         super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """See httptools."""
+        self._has_headers = True
+        if not self.flow.write_paused:  # a client that goes on is taken to have had its answers
+            self._watch_taking(False)
+        super().on_headers_complete()
+        if self.cycle is not None:
+            self._calls.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """See httptools."""
         self._barren = 0
-        self._body_bytes += len(body)
+        if self.cycle.response_complete:
+            self._ignore(len(body))
+        else:
+            self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -217,10 +261,21 @@ class Connection(HttpToolsProtocol):
         self._receiving = False
         super().on_message_complete()
 
+    def _count_header(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADER_BYTES:
+            self._stop(_too_long())
+
     def _stop(self, error: APIError) -> None:
         """End parsing with a refusal."""
         self._refusal = error
         raise error
+
+    def _ignore(self, size: int) -> None:
+        """Take bytes that nobody wants, as long as there are few."""
+        self._ignored += size
+        if self._ignored > IGNORED_BYTES:
+            self.drop("it goes on sending after its answer")
 
     def _expect(self) -> None:
         if self._owes is None:
@@ -234,9 +289,11 @@ class Connection(HttpToolsProtocol):
 
     def _late(self) -> None:
         """The time for a call is over, unless the server doesn't read it, or its body comes at a fair pace."""
+        if self.flow.read_paused:
+            self._owes_since, self._body_bytes = time.monotonic(), 0
         over = self._owes_since + self._register.patience + self._body_bytes / SLOWEST - time.monotonic()
-        if self.flow.read_paused or over > 0:
-            self._owes = self.loop.call_later(max(over, 1.0), self._late)
+        if over > 0:
+            self._owes = self.loop.call_later(over, self._late)
             return
         self._owes = None
         message = f"a call has to be sent within {self._register.patience:g} s, and at {SLOWEST} bytes a second"
@@ -246,16 +303,15 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
+        self._calls.popleft()
         super().on_response_complete()
         self._watch_taking(self.transport.get_write_buffer_size() > 0)
-        if not self.transport.is_closing():
-            self._register.waits(self, anew=True)
-
-    def on_headers_complete(self) -> None:
-        """See httptools."""
-        if not self.flow.write_paused:  # a client that goes on is taken to have had its answers
-            self._watch_taking(False)
-        super().on_headers_complete()
+        if self.transport.is_closing():
+            return
+        if self._receiving:  # the answer came before the end of the call: the rest has its time, and no more
+            self._owes_since, self._body_bytes = time.monotonic(), 0
+        self._register.works(self)  # so that it waits since now, if it does
+        self._settle(owing=self._receiving)
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
@@ -265,12 +321,16 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         super().resume_writing()
-        self._watch_taking(False)
+        ended = self.cycle is not None and self.cycle.response_complete
+        self._watch_taking(ended and self.transport.get_write_buffer_size() > 0)
 
     def hurry(self) -> None:
         """See `Connections.hurry`."""
         if self._taking is not None:
             self._watch_taking(True)
+        if self._owes is not None:
+            self._expect_nothing()
+            self._expect()
 
     def _watch_taking(self, watch: bool) -> None:
         if self._taking is not None:
@@ -302,6 +362,8 @@ def _address(client: tuple[str, int] | None) -> str:
         address = ipaddress.ip_address(client[0].partition("%")[0])
     except ValueError:
         return client[0]
+    if address.version == 6 and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
     return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 

@@ -101,9 +101,7 @@ class Call:
                 code="model_not_found",
             )
         if self.body.priority and self.config.paged.scheduler != "priority":
-            raise invalid(
-                f"priority={self.body.priority} needs the scheduler 'priority'; start the server with it", "priority"
-            )
+            raise invalid(f"priority={self.body.priority} needs the server's --option scheduler=priority", "priority")
         self._check_logprobs()
         assert self.engine.info is not None  # else there would be no room
         return self.engine.info

@@ -38,7 +38,6 @@ def serve(config: ServerConfig) -> int:
     """Serve until a signal ends it; the exit status."""
     logs.configure(config.log_level, config.log_format)
     _check_tls(config)
-    _raise_descriptors(config.max_connections)
     sys.setswitchinterval(SWITCH)
     loop = _new_loop()
     asyncio.set_event_loop(loop)
@@ -66,7 +65,7 @@ class _Server(uvicorn.Server):
         self.stats = ServerStats()
         self.text = ModelText.load(config)
         self._connections = Connections(
-            config.max_connections, config.max_connections_per_address, config.client_timeout
+            _possible(config.max_connections), config.max_connections_per_address, config.client_timeout
         )
         self._signals = 0
         self._failure: HFPagedError | None = None
@@ -82,6 +81,8 @@ class _Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, life)
         listening = _bind(options)
+        if not (options.api_keys or options.is_loopback):
+            logger.warning("there is no API key: whoever reaches %s may call", options.host)
         host, port = listening.getsockname()[:2]
         logger.info("listening on %s port %s; loading %s", host, port, options.model)
         try:
@@ -100,6 +101,7 @@ class _Server(uvicorn.Server):
             await fleet.close()
             await life.run(life.on_stop)
             self.text.close()
+            gc.unfreeze()  # else libraries take what is left at the end for leaks, and say so
         if self._failure is not None:
             raise self._failure
         logger.info("stopped")
@@ -199,19 +201,21 @@ def _check_tls(options: ServerConfig) -> None:
         raise ConfigError(f"TLS can't use {files}: {error.strerror or error}") from error
 
 
-def _raise_descriptors(connections: int) -> None:
-    """Let this process have as many descriptors as its connections need; many shells allow 1,024."""
+def _possible(connections: int) -> int:
+    """As many of these connections as the system has descriptors for; many shells allow 1,024, and more if asked."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return connections
     wanted = connections + DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        logger.warning("the system allows %d descriptors; %d connections need %d", hard, connections, wanted)
+        connections = max(1, hard - DESCRIPTORS)
+        logger.warning("only %d connections are possible: the system allows %d descriptors", connections, hard)
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return connections
 
 
 def _bind(options: ServerConfig) -> socket.socket:

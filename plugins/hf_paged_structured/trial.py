@@ -35,7 +35,11 @@ class Trials(Pool):
         super().__init__(__file__, first, memory=MEMORY, most=PROCESSES)
 
     def problem_of(self, grammar: str) -> str | None:
-        """What keeps a grammar from being compiled, or None. Waits while others are tried."""
+        """What keeps a grammar from being compiled, or None. Waits while others are tried.
+
+        Raises:
+            NotStarted: it can't be tried now.
+        """
         try:
             return self.ask(grammar.encode(), SECONDS).decode() or None
         except Ended as ended:

@@ -31,7 +31,14 @@ class Server:
         self.sent = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Takes a body; `/large` answers more than any buffer takes, `/wait` when told to."""
+        """Takes a body; `/large` answers more than any buffer takes, `/wait` when told to, `/early` before the body."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.accept"})
+            await self.sent.wait()
+            return await send({"type": "websocket.send", "text": "x"})
+        if scope["path"] == "/early":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            return await send({"type": "http.response.body", "body": b""})
         size = 0
         while (message := await receive())["type"] == "http.request":
             size += len(message["body"])
@@ -118,7 +125,7 @@ def test_a_call_that_is_not_sent_in_time_ends_with_408(sent: bytes) -> None:
             status, headers, body = await answer(client)
             assert (status, headers["connection"]) == (408, "close")
             assert json.loads(body)["error"]["code"] == "request_timeout"
-            await closed(client)
+            client[1].close()
             await until(lambda: not len(register))
             assert not register._of_address
             assert app.left == (["disconnected"] if b"half" in sent else [])
@@ -162,6 +169,7 @@ def test_a_body_may_take_as_long_as_its_pace_is_fair(monkeypatch: pytest.MonkeyP
     "pieces",
     [
         [GET + b"X: " + b"y" * HEADER_BYTES + b"\r\n\r\n"],
+        [b"GET /" + b"y" * HEADER_BYTES + b" HTTP/1.1\r\n\r\n"],
         [GET] + [b"X: y\r\n" * 1000] * 40,
         [GET + b"X: "] + [b"y" * 2**14] * 40,
         [b"GET /" + b"y" * 2**14] + [b"y" * 2**14] * 40,
@@ -170,18 +178,28 @@ def test_a_body_may_take_as_long_as_its_pace_is_fair(monkeypatch: pytest.MonkeyP
         [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX: "] + [b"y" * 2**14] * 40,
         [b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;"] + [b"y" * 2**14] * 40,
     ],
-    ids=["header", "headers", "endless header", "path", "empty lines", "trailers", "endless trailer", "extension"],
+    ids=[
+        "header",
+        "whole path",
+        "headers",
+        "endless header",
+        "path",
+        "empty lines",
+        "trailers",
+        "endless trailer",
+        "extension",
+    ],
 )
 def test_what_is_no_body_has_a_length(pieces: list[bytes]) -> None:
     async def test() -> None:
         async with running() as (app, register, port):
             client = await opened(port)
-            with contextlib.suppress(ConnectionError):
-                for piece in pieces:
-                    client[1].write(piece)
-                    await client[1].drain()
-                    await asyncio.sleep(0)
-                assert (await answer(client))[0] == 431
+            for piece in pieces:
+                client[1].write(piece)
+                await client[1].drain()
+                await asyncio.sleep(0)
+            assert (await answer(client))[0] == 431
+            client[1].close()
             await until(lambda: not len(register))
             assert app.left in ([], ["disconnected"])
 
@@ -243,6 +261,98 @@ def test_the_connection_that_waits_longest_makes_room() -> None:
     run(test)
 
 
+def test_a_call_that_follows_at_once_is_not_taken_for_an_idle_connection() -> None:
+    async def test() -> None:
+        async with running(most=1) as (app, register, port):
+            client = await opened(port)
+            client[1].write(GET + b"\r\n" + b"GET /wait HTTP/1.1\r\n\r\n")
+            assert (await answer(client))[0] == 200
+            await until(lambda: not register._waiting)
+            assert (await answer(await opened(port)))[0] == 503
+            app.sent.set()
+            assert (await answer(client))[0] == 200
+
+    run(test)
+
+
+def test_each_call_of_a_row_has_its_own_time() -> None:
+    """Even if none of the pieces that come ends where a call does."""
+
+    async def test() -> None:
+        async with running(patience=0.5) as (_, register, port):
+            client = await opened(port)
+            call = GET + b"\r\n"
+            client[1].write(call[:5])
+            (connection,) = [c async for c in one_of(register)]
+            began = connection._owes_since
+            client[1].write(call[5:] + call[:5])
+            assert (await answer(client))[0] == 200
+            await until(lambda: connection._owes_since > began)
+            client[1].write(call[5:])
+            assert (await answer(client))[0] == 200
+
+    run(test)
+
+
+async def one_of(register: Connections) -> AsyncIterator[connections.Connection]:
+    await until(lambda: len(register) == 1)
+    yield next(iter(register._open))
+
+
+@pytest.mark.parametrize("sent", [b"", b"x" * 8])
+def test_the_rest_of_a_body_that_is_answered_early_has_its_time(sent: bytes) -> None:
+    """Whether it is never sent, or goes on for ever."""
+
+    async def test() -> None:
+        async with running(patience=0.3) as (_, register, port):
+            client = await opened(port)
+            client[1].write(b"POST /early HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\nhalf")
+            assert (await answer(client))[0] == 200
+            with contextlib.suppress(ConnectionError):
+                while len(register):
+                    client[1].write(sent)
+                    await asyncio.sleep(0.02)
+
+    run(test)
+
+
+def test_a_client_that_never_ends_its_body_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IGNORED_BYTES", 10**6)
+
+    async def test() -> None:
+        async with running() as (_, register, port):
+            client = await opened(port)
+            client[1].write(b"POST /early HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\nhalf")
+            assert (await answer(client))[0] == 200
+            with contextlib.suppress(ConnectionError):
+                while len(register):
+                    client[1].write(b"x" * 10**5)
+                    await client[1].drain()
+
+    run(test)
+
+
+def test_a_websocket_is_not_timed() -> None:
+    """wsproto and websockets speak on the connection once it is one."""
+
+    async def test() -> None:
+        async with running(patience=0.1) as (app, register, port):
+            client = await opened(port)
+            client[1].write(
+                b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            )
+            head = await asyncio.wait_for(client[0].readuntil(b"\r\n\r\n"), LONG)
+            assert head.startswith(b"HTTP/1.1 101 ")
+            assert len(register) == 0
+            await asyncio.sleep(0.3)
+            app.sent.set()
+            assert (await asyncio.wait_for(client[0].read(100), LONG))[:1] == b"\x81"  # a frame of text
+
+    pytest.importorskip("wsproto")
+    run(test)
+
+
 def test_an_address_has_its_share() -> None:
     async def test() -> None:
         async with running(most_of_address=2) as (_, register, port):
@@ -279,22 +389,24 @@ def test_an_answer_that_is_not_taken_ends_the_connection(monkeypatch: pytest.Mon
     run(test)
 
 
-def test_a_slow_reader_that_goes_on_is_left_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "SLOWEST", 1)
+@pytest.mark.parametrize(
+    ("left", "dropped"), [([100, 100], True), ([10**6, 10**6 - 100], True), ([10**6, 10**4], False), ([100, 0], False)]
+)
+def test_who_takes_an_answer_too_slowly(left: list[int], dropped: bool) -> None:
+    """Bytes that wait when the client is looked at, and a patience later."""
 
     async def test() -> None:
-        async with running(patience=0.3) as (app, _register, port):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**12)
-            writer.write(b"GET /large HTTP/1.1\r\n\r\n")
-            taken = 0
-            while piece := await asyncio.wait_for(reader.read(2**20), LONG):
-                taken += len(piece)
-                if piece.endswith(b"0\r\n\r\n"):
-                    break
-                if taken % 50 == 0:
-                    await asyncio.sleep(0.05)
-            assert taken > 1000 * 2**16
-            assert app.left == ["answered"]
+        async with running() as (app, register, port):
+            client = await opened(port)
+            client[1].write(b"GET /wait HTTP/1.1\r\n\r\n")
+            await until(lambda: len(register) == 1)
+            (connection,) = register._open
+            sizes = iter(left + [0] * 9)
+            connection.transport = Clogged(connection.transport, lambda: next(sizes))  # type: ignore[assignment]
+            connection._watch_taking(True)
+            connection._check_taking()
+            await until(lambda: (len(register) == 0) == dropped)
+            app.sent.set()
 
     run(test)
 
@@ -308,7 +420,7 @@ def test_the_end_of_an_answer_that_is_not_taken(monkeypatch: pytest.MonkeyPatch)
                 await asyncio.to_thread(client.connect, ("127.0.0.1", port))
                 await until(lambda: len(register) == 1)
                 (connection,) = register._open
-                monkeypatch.setattr(connection, "transport", Clogged(connection.transport))
+                monkeypatch.setattr(connection, "transport", Clogged(connection.transport, lambda: 100))
                 client.sendall(GET + b"\r\n")
                 await until(lambda: not len(register))
                 assert app.left == ["answered"]
@@ -317,16 +429,13 @@ def test_the_end_of_an_answer_that_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
 
 class Clogged:
-    """A transport of which 100 bytes are never taken."""
+    """A transport that says of itself how much waits to be sent."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: asyncio.Transport, size: Callable[[], int]) -> None:
+        self._transport, self.get_write_buffer_size = transport, size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-    def get_write_buffer_size(self) -> int:
-        return 100
 
 
 @pytest.mark.parametrize(
@@ -336,6 +445,7 @@ class Clogged:
         (("10.1.2.3", 1), "10.1.2.3"),
         (("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64"),
         (("fe80::1%eth0", 1), "fe80::/64"),
+        (("::ffff:10.1.2.3", 1), "10.1.2.3"),
         (("a socket", 1), "a socket"),
     ],
 )

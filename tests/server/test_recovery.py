@@ -99,11 +99,14 @@ def test_an_engine_that_comes_while_there_are_no_descriptors(serve: Callable[...
     before = resource.prlimit(front.pid, resource.RLIMIT_NOFILE)
     os.kill(server.engine_pids[0], signal.SIGKILL)
     until = time.monotonic() + 120
-    while not front.children() or front.children()[0].pid == server.engine_pids[0]:
+    while not (new := [child for child in front.children() if child.pid != server.engine_pids[0]]):
         assert time.monotonic() < until
         time.sleep(0.01)
     resource.prlimit(front.pid, resource.RLIMIT_NOFILE, (3, before[1]))
-    time.sleep(12)  # about what the new engine takes to be there
+    while new[0].is_running() and not any(c.laddr for c in new[0].net_connections("unix")):  # it has bound its sockets
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)
     resource.prlimit(front.pid, resource.RLIMIT_NOFILE, before)
     wait_for_health(server, 200)
     answered = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=120)

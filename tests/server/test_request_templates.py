@@ -206,6 +206,7 @@ def test_what_is_no_unicode_is_refused(text: ModelText, template: str) -> None:
 
 def test_a_template_that_takes_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_templates, "MEMORY", 2**29)
+    monkeypatch.setattr(request_templates, "SECONDS", 10 * LATE)
     made = ModelText(TOKENIZER)
     doubling = "{% set ns = namespace(x='x') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
     for template in ('{{ "x" * 10**9 }}', doubling):
@@ -296,6 +297,8 @@ def test_a_call_that_is_cancelled_while_it_waits_is_not_begun(monkeypatch: pytes
         second = asyncio.ensure_future(made.render([USER], chat_template="2"))
         await asyncio.sleep(0)
         second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
         may_end.set()
         assert await first == "x"
         assert await made.render([USER], chat_template="3") == "x"

@@ -131,7 +131,10 @@ class Fleet:
         return [replica.pid for replica in self._replicas]
 
     async def _watchdog(self) -> None:
-        """An engine that hangs fails the liveness probe; left alone for as long again, it is killed and replaced."""
+        """An engine that hangs fails the liveness probe; left alone for as long again, it is killed and replaced.
+
+        While all engines are well, a spare process is kept.
+        """
         pause = min(1.0, self._config.watchdog / 4)
         while True:
             await asyncio.sleep(pause)
@@ -140,6 +143,8 @@ class Fleet:
                     self._check_progress(replica)
                 except Exception:  # the others are watched all the same
                     logger.exception("engine %d can't be watched", replica.index)
+            if all(replica.state in ("ready", "stopped") for replica in self._replicas):
+                await self._spares.prepare()
 
     def _check_progress(self, replica: Replica) -> None:
         stalled = replica.stalled()
@@ -229,7 +234,7 @@ class Fleet:
         By Little's law that is how many there are by how long each stays.
         """
         now, totals = time.monotonic(), self._stats.totals
-        ended = sum(totals.finished.values())
+        ended = sum(totals.finished.get(reason, 0) for reason in ("stop", "length"))
         typical = totals.output_tokens / ended if ended else None
         placed = [ticket for replica in self._replicas for ticket in replica.tickets.values()]
         stays = [stay for ticket in placed if (stay := ticket.stay(now, typical)) is not None]
@@ -293,8 +298,6 @@ class Fleet:
         if self.info is None:
             self.info, self._loading = ready, time.monotonic() - self._began
         self._pump()
-        if all(other.state in ("ready", "stopped") for other in self._replicas):
-            self._tasks.append(asyncio.create_task(self._spares.prepare()))
 
     def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
         """See `replica.Owner`."""

@@ -36,6 +36,7 @@ class Spares:
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
         self._spare: asyncio.subprocess.Process | None = None
+        self._failing = False  # the last try to make one failed, and the logs have it
         self._making = asyncio.Lock()
 
     async def take(self) -> asyncio.subprocess.Process:
@@ -47,13 +48,16 @@ class Spares:
         return await spawn()
 
     async def prepare(self) -> None:
-        """Have a spare; called when there is time for it."""
+        """Have a spare; called again and again while there is time for it."""
         async with self._making:
             if self._enabled and (self._spare is None or self._spare.returncode is not None):
                 try:
                     self._spare = await spawn()
-                except OSError:
-                    logger.exception("no spare process can be started; the next restart takes longer")
+                    self._failing = False
+                except Exception:
+                    if not self._failing:
+                        logger.exception("no spare process can be started; the next restart takes longer")
+                    self._failing = True
 
     async def close(self) -> None:
         """End the spare."""
@@ -141,18 +145,20 @@ class EngineProcess:
         for address in self._addresses:
             self._sockets.discard(address)
 
-    def send(self, message: ToEngine) -> None:
-        """Queue a message; never waits. One to a process that is dead is lost.
+    def send(self, message: ToEngine) -> bool:
+        """Queue a message; never waits. Whether it was queued; one to a process that is dead is lost.
 
         A process that can't be told something would never answer it: it is ended, and another one is told.
         """
         if self._to.closed:
-            return
+            return False
         try:
             self._to.send(encode(message), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             logger.error("the engine process %s can't be sent messages (%s), and is killed", self.pid, error)
             self.kill()
+            return False
+        return True
 
     def stop(self) -> None:
         """Ask it to end."""

@@ -167,7 +167,8 @@ class Replica:
         if ticket.returning:
             self.probe = ticket
         self.tickets[ticket.name] = ticket
-        self.send(ticket.message(parent))
+        if not self.send(ticket.message(parent)):
+            ticket.fresh = False  # the process never had it, so it doesn't die of it
 
     def forget(self, ticket: Ticket, *, abort: bool) -> None:
         """It is done with a sequence; `abort`: and has to be told so."""
@@ -178,10 +179,9 @@ class Replica:
         if abort:
             self.send(Abort([ticket.name]))
 
-    def send(self, message: ToEngine) -> None:
-        """Tell the process something."""
-        if self._process is not None:
-            self._process.send(message)
+    def send(self, message: ToEngine) -> bool:
+        """Tell the process something; whether that was possible."""
+        return self._process is not None and self._process.send(message)
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Deltas):

@@ -56,7 +56,9 @@ class Faults:
 
     async def wait(self) -> None:
         """Until no client of a fault is there any more."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(ended, AssertionError):
+                raise ended
 
     # ------------------------------------------------------------------------------------------------ of the processes
 
@@ -70,9 +72,10 @@ class Faults:
         return found
 
     async def _kill(self) -> None:
-        for process in self._rng.sample(self.engines(), min(1, len(self.engines()))):
+        found = self.engines()
+        if found:
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                self._rng.choice(found).kill()
 
     async def _kill_unspawnable(self) -> None:
         with self._file("spawn"), self._file("bind"):
@@ -182,7 +185,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def every(seconds: float, faults: Faults, rng: random.Random) -> AsyncIterator[list[tuple[float, float, str]]]:
-    """A fault each so many seconds. What is yielded grows: when each began, when it ended, and its name."""
+    """A fault every `seconds`. What is yielded grows: when each began, when it ended, and its name."""
     told: list[tuple[float, float, str]] = []
     loop = asyncio.get_running_loop()
 

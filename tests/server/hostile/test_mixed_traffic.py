@@ -88,7 +88,7 @@ async def _traffic(server: ServerProcess, folder: Path, rng: random.Random) -> N
 async def _clients(
     server: ServerProcess, calls: list[Any], expected: list[load.Outcome], rng: random.Random, last: float
 ) -> list[Served]:
-    """Honest clients for so many seconds, one call after the other."""
+    """Honest clients for `last` seconds, one call after the other."""
     served: list[Served] = []
     until = time.monotonic() + last
 

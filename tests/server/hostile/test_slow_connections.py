@@ -41,6 +41,7 @@ async def _measure(server: ServerProcess) -> None:
     memory = front.memory_info().rss
     slow = [asyncio.create_task(_slow(server.port, number)) for number in range(CONNECTIONS)]
     while _established(front, server.port) < CONNECTIONS:
+        assert not any(task.done() for task in slow), "a connection can't be made, or is closed"
         await asyncio.sleep(0.2)
     among = await _latencies(server, SECONDS)
     grown = front.memory_info().rss - memory
