@@ -63,7 +63,7 @@ def test_random_bytes_break_nothing(server: ServerProcess) -> None:
             status = _checked(answer, call)
             statuses[status] = statuses.get(status, 0) + 1
     print(statuses)
-    assert statuses["200"] > 2 * EACH  # of eleven routes, half of them with bodies
+    assert statuses["200"] > EACH  # of eleven routes
     assert httpx.get(server.url + "/health", timeout=60).status_code == 200
     assert load.until_idle(server.url)
     assert load.metrics(server.url, "hf_paged:engine_restarts_total") == 0
