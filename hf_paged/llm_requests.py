@@ -181,7 +181,7 @@ def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -
     now = time.monotonic()
     for request in requests:  # of one arrival: prompts that took long to tokenise are ordered by priority all the same
         request.metrics.arrival_time = now
-    with driver.call(requests) as call:
+    with driver.call(requests) as call, call:
         call.wait(lambda: all(r.finished for r in requests) or (raise_on_error and any(r.error for r in requests)))
         failed = [(index, one.error) for index, one in enumerate(carried) if one.error is not None]
     for _, error in failed:

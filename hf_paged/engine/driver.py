@@ -46,6 +46,9 @@ class Driver:
     def call(self, requests: Sequence[Request]) -> Call:
         """One caller's stay, as a context manager: its requests are taken on entry, and gone on exit.
 
+        Enter it twice (`with driver.call(requests) as call, call:`): an interrupt that strikes as one exit is entered
+        keeps that one from doing anything.
+
         Raises:
             InvalidRequestError: a request could never be served; none of them was taken.
             UnsupportedCallError: it comes out of a callback of the step that is under way.
@@ -64,7 +67,7 @@ class Driver:
         Raises:
             whatever ended one of the requests; the others are aborted.
         """
-        with self.call(requests) as call:
+        with self.call(requests) as call, call:
             call.wait(lambda: all(r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)
 
@@ -141,7 +144,10 @@ class Driver:
                 me.bell.get()
             self._steps(me)
         finally:
-            self._surely_stand_up(me)
+            try:
+                self._surely_stand_up(me)
+            finally:  # an interrupt may have kept that from doing anything
+                self._surely_stand_up(me)
 
     # --------------------------------------------------------------------------------------------------------- the seat
 
@@ -180,7 +186,10 @@ class Driver:
                 if self.release_when_idle and not self._inside:
                     self._touch(self.engine.release_memory)
             finally:
-                self._surely_stand_up(me)
+                try:
+                    self._surely_stand_up(me)
+                finally:
+                    self._surely_stand_up(me)
             if not self._mail and not self._holds_idle_memory:  # else what came since would wait for the next caller
                 return
 
@@ -270,8 +279,12 @@ class Call:
         self._driver = driver
         self._requests = requests
         self._unread: set[object] = set()
+        self._entered = self._left = False
 
     def __enter__(self) -> Call:
+        if self._entered:
+            return self
+        self._entered = True
         try:
             self._driver.enter(self, self._requests)
         except BaseException:
@@ -303,11 +316,14 @@ class Call:
         self._driver.post(message)
 
     def _surely_leave(self) -> None:
+        if self._left:
+            return
         try:
             self._driver.leave(self, self._requests)
         except BaseException:  # a second interrupt must not leave requests behind that nobody waits for
             self._driver.leave(self, self._requests)
             raise
+        self._left = True
 
 
 def raise_errors(requests: Sequence[Request]) -> None:

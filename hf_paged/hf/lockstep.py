@@ -42,7 +42,7 @@ def run(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
     pad = config._pad_token_tensor.to(input_ids.device) if config._pad_token_tensor is not None else None
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    with driver.call(requests) as stay:
+    with driver.call(requests) as stay, stay:
         while True:
             stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)

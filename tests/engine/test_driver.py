@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine import fake
 
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.driver import Call, Driver
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, UnsupportedCallError
 from hf_paged.types import Sampled
 
@@ -359,6 +359,35 @@ def troubled(index):
     elif trouble == 8:
         victim.prompt_token_ids[-1] = victim.token_ids[-1] = fake.VOCAB - 1  # poisons the forward
     return requests
+
+
+def raise_interrupt(request):
+    raise Interrupt
+
+
+@pytest.mark.parametrize("where", [(Call, "__exit__"), (Driver, "_surely_stand_up")], ids=["exit", "stand up"])
+def test_an_interrupt_strikes_as_leaving_begins(monkeypatch, where):
+    """Between the call of a function and its first statement: nothing in that function can catch it."""
+    engine = fake.make_engine()
+    driver = Driver(engine)
+    struck = []
+    method = getattr(*where)
+
+    def strike(*arguments):
+        if not struck:
+            struck.append(1)
+            raise Interrupt
+        return method(*arguments)
+
+    monkeypatch.setattr(*where, strike)
+    requests = some_requests(0)
+    requests[0].on_token = raise_interrupt
+    with pytest.raises(Interrupt):
+        driver.run(requests)
+    assert not driver.busy
+    fake.assert_empty(engine)
+    again = some_requests(0)
+    assert run(driver, *again) == right(*some_requests(0))
 
 
 @pytest.mark.parametrize("windows", [fake.FULL, fake.BOTH], ids=["full", "both"])
