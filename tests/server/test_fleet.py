@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,7 +22,7 @@ from server.fakes import READY
 from hf_paged import PagedConfig, SamplingParams
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError
-from hf_paged.server.front import replica
+from hf_paged.server.front import process, replica
 from hf_paged.server.front.engine import Submission
 from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.front.process import Spares
@@ -410,6 +412,32 @@ def test_an_engine_that_can_not_be_told_something_is_replaced(fleet: Any, monkey
         assert len(ScriptedEngine.started) == 2
 
     fleet(test)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
+@pytest.mark.parametrize("left", range(8))
+def test_a_process_that_can_not_be_started_leaves_no_descriptors(left: int) -> None:
+    """The server runs on uvloop, which keeps what it had opened when the descriptors end."""
+    uvloop = pytest.importorskip("uvloop")
+    resource = pytest.importorskip("resource")
+
+    async def test() -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(64)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, limits[1]))
+        try:
+            for number in taken[:left]:
+                os.close(number)
+            with pytest.raises(OSError, match="Too many open files"):
+                await process.spawn()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for number in taken[left:]:
+                os.close(number)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    uvloop.run(test())
 
 
 def test_a_removed_folder_of_sockets_is_made_again(fleet: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -18,13 +19,26 @@ from hf_paged.server.messages import FromEngine, Hello, Stop, ToEngine, decode_f
 logger = logging.getLogger(__name__)
 
 GRACE = 0.05
+DESCRIPTORS = 16  # more than starting a process takes
 
 
 async def spawn() -> asyncio.subprocess.Process:
-    """An engine process that waits for its orders. A session of its own: Ctrl-C is the front's to act on."""
+    """An engine process that waits for its orders. A session of its own: Ctrl-C is the front's to act on.
+
+    Raises:
+        OSError: the system has no room for it.
+    """
+    _check_descriptors()
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "hf_paged.server.worker", stdin=asyncio.subprocess.PIPE, start_new_session=True
     )
+
+
+def _check_descriptors() -> None:
+    """Raise where there are too few for a new process: uvloop would keep those that it had opened until then, for good."""
+    with contextlib.ExitStack() as opened:
+        for _ in range(DESCRIPTORS):
+            opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 class Spares:
