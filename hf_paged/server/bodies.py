@@ -56,7 +56,7 @@ class JSONBodies:
         try:
             scope[_READ] = await heavy.run_if(len(body) > heavy.LARGE, read, body)
         except APIError as error:
-            if messages[-1]["type"] == "http.request":  # else half a body came, and nobody waits for an answer
+            if messages[-1]["type"] == "http.request":  # else the client left before the end of its body
                 self._stats.refused("invalid")
                 return await send_error(error, send)
         held = iter(messages)

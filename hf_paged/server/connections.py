@@ -111,7 +111,7 @@ class Connection(HttpToolsProtocol):
         self._barren = 0  # bytes received since the last byte of a body
         self._header_bytes = 0
         self._body_bytes = 0
-        self._ignored = 0  # bytes received that nobody wants any more
+        self._ignored = 0  # bytes that came after the answer to their call, and were thrown away
         self._owes: asyncio.TimerHandle | None = None
         self._owes_since = 0.0
         self._taking: asyncio.TimerHandle | None = None
@@ -272,7 +272,7 @@ class Connection(HttpToolsProtocol):
         raise error
 
     def _ignore(self, size: int) -> None:
-        """Take bytes that nobody wants, as long as there are few."""
+        """Throw away bytes that came after the answer; too many of them end the connection."""
         self._ignored += size
         if self._ignored > IGNORED_BYTES:
             self.drop("it goes on sending after its answer")
@@ -325,7 +325,7 @@ class Connection(HttpToolsProtocol):
         self._watch_taking(ended and self.transport.get_write_buffer_size() > 0)
 
     def hurry(self) -> None:
-        """See `Connections.hurry`."""
+        """Begin the times that run again, with the register's shorter patience."""
         if self._taking is not None:
             self._watch_taking(True)
         if self._owes is not None:

@@ -82,7 +82,7 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._on_signal, life)
         listening = _bind(options)
         if not (options.api_keys or options.is_loopback):
-            logger.warning("there is no API key: whoever reaches %s may call", options.host)
+            logger.warning("no API key is set: every machine that reaches %s can call the server", options.host)
         host, port = listening.getsockname()[:2]
         logger.info("listening on %s port %s; loading %s", host, port, options.model)
         try:

@@ -35,7 +35,7 @@ async def spawn() -> asyncio.subprocess.Process:
 
 
 def _check_descriptors() -> None:
-    """Raise where there are too few for a new process: uvloop would keep those that it had opened until then, for good."""
+    """Raise where there are too few for a new process: uvloop would keep for good what it had opened until then."""
     with contextlib.ExitStack() as opened:
         for _ in range(DESCRIPTORS):
             opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))

@@ -16,7 +16,7 @@ from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, 
 logger = logging.getLogger("hf_paged.server")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-YOUNG = 30.0  # an engine that was ready for less than that, and served nobody, died young
+YOUNG = 30.0  # seconds; an engine that was ready for less, and finished no request, died young
 LOST = 10  # first starts in a row that failed, after which a replica counts as lost
 
 
