@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from hf_paged import plugins, vllm_names
 from hf_paged.config import PagedConfig
 from hf_paged.engine.admission import check_ids
-from hf_paged.engine.driver import Driver
 from hf_paged.engine.pool import free_memory
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import ConfigError, EngineClosedError, InvalidRequestError, RequestAbortedError
 from hf_paged.hf.build import Built
 from hf_paged.hf.handle import PatchedModel
@@ -112,7 +113,7 @@ class LLM:
             config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
         try:
-            self._patched.driver()  # what is wrong is said now; each call asks again, for the model may change
+            self._patched.thread()  # what is wrong is said now; each call asks again, for the model may change
         except BaseException:
             self.close()
             raise
@@ -171,12 +172,12 @@ class LLM:
 
         def run(*, again: bool = False) -> list[Carried]:
             carried = self._carried(items, params, priorities)
-            _, driver = self.engine()  # of the model as it is now: to tokenise many prompts takes seconds
+            _, thread = self.engine()  # of the model as it is now: to tokenise many prompts takes seconds
             try:
                 with Progress(carried, use_tqdm):
-                    carry(driver, carried, raise_on_error=raise_on_error)
+                    carry(thread, carried, raise_on_error=raise_on_error)
             except (EngineClosedError, RequestAbortedError):
-                if again or not self._is_open or not driver.engine.closed:
+                if again or not self._is_open or not thread.engine.closed:
                     raise
                 return run(again=True)  # another call found the model changed, and closed its engine
             return carried
@@ -263,19 +264,23 @@ class LLM:
         """What the model's generation config says."""
         return default_params(self.model)
 
-    def engine(self) -> tuple[Built, Driver]:
-        """The engine underneath and its driver, for callers that step it themselves, as the server does."""
+    def engine(self) -> tuple[Built, EngineThread]:
+        """The engine underneath and its thread, for callers that step it themselves, as the server does."""
         return self._open().engine()
+
+    def abort(self, caller: threading.Thread | None = None) -> int:
+        """Stop the calls of all threads, or of one, which raise RequestAbortedError. Returns how many."""
+        return self._open().abort(caller)
 
     def reset_prefix_cache(self) -> None:
         """Void the prefix cache. A change of the weights voids it too."""
-        _, driver = self.engine()
-        driver.post(driver.engine.forget)
+        _, thread = self.engine()
+        thread.post(thread.engine.forget)
 
     def warm_up(self) -> None:
         """Make the KV pool and capture every CUDA graph now, so that no answer waits for them."""
-        _, driver = self.engine()
-        driver.do(driver.engine.warm_up)
+        _, thread = self.engine()
+        thread.do(thread.engine.warm_up)
 
     def close(self) -> None:
         """Give the KV pool's memory back. The model stays as it is. Closing twice does nothing more."""
@@ -315,7 +320,7 @@ class LLM:
         Raises:
             InvalidRequestError, ConfigError: as `generate` does.
         """
-        built, driver = self.engine()
+        built, thread = self.engine()
         eos, texts = end_ids(self.model, self.tokenizer), self._token_texts()
         banned = functools.cache(lambda words: banned_ids(self.tokenizer, words))
         carried = []
@@ -324,11 +329,11 @@ class LLM:
                 raise ConfigError("stop strings and bad_words need a tokenizer; give LLM(tokenizer=...)")
             try:
                 prompt = read_prompt(item, self.tokenizer)
-                check_ids("prompt", prompt.ids, driver.engine.model.vocab_size)  # before they are decoded
+                check_ids("prompt", prompt.ids, thread.engine.model.vocab_size)  # before they are decoded
                 one = Carried(prompt, p, eos, texts, priority=priority, banned=banned(p.bad_words))
                 for request in one.requests:
                     plugins.constrain(built.manager, request, self.tokenizer)
-                driver.engine.check_request(one.requests[0])
+                thread.engine.check_request(one.requests[0])
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompt {index}: {error}") from error
             carried.append(one)

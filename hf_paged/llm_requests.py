@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import ConfigError, EngineClosedError, RequestAbortedError, RequestFailedError, first_line
 from hf_paged.hf import notices
 from hf_paged.params import SamplingParams, is_integer
@@ -168,7 +168,7 @@ def _one_for_each(name: str, given: Any, count: int, wanted: str) -> list[Any]:
     return each
 
 
-def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -> None:
+def carry(thread: EngineThread, carried: Sequence[Carried], *, raise_on_error: bool) -> None:
     """Run prompts to completion; one that fails doesn't affect the others, and a warning reports it.
 
     Those that may have the longest outputs are begun first.
@@ -181,11 +181,11 @@ def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -
     now = time.monotonic()
     for request in requests:  # of one arrival: prompts that took long to tokenise are ordered by priority all the same
         request.metrics.arrival_time = now
-    with driver.call(requests) as call, call:
+    with thread.call(requests) as call:
         call.wait(lambda: all(r.finished for r in requests) or (raise_on_error and any(r.error for r in requests)))
         failed = [(index, one.error) for index, one in enumerate(carried) if one.error is not None]
     for _, error in failed:
-        if isinstance(error, (EngineClosedError, RequestAbortedError)):
+        if isinstance(error, (EngineClosedError, RequestAbortedError)) or not isinstance(error, Exception):
             raise error
     if not failed:
         return

@@ -198,8 +198,8 @@ def test_an_engine_that_another_call_closed_meanwhile(
         expected = ids_of(run(llm, TEXTS, GREEDY))
 
         def change() -> None:
-            _, driver = llm.engine()
-            closed.append(driver.engine)
+            _, thread = llm.engine()
+            closed.append(thread.engine)
             model.register_forward_hook(lambda *_: None)
             llm.engine()
 

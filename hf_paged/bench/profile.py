@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.flight import ChosenTokens
+from hf_paged.engine.in_flight import SampledTokens
 
 # A trace of all steps of a long run would fill the memory. The first are prompts alone.
 FIRST, COUNT = 32, 64
@@ -84,9 +84,9 @@ class Profiled:
         for part, owner, name in (
             ("schedule", engine.scheduler, "schedule"),
             ("build the batch", engine._builder, "build"),
-            ("launch the forward", engine._runner, "forward"),
-            ("launch the choice of tokens", engine._chooser, "launch"),
-            ("wait for the device", ChosenTokens, "wait"),
+            ("launch the forward", engine.runner, "forward"),
+            ("launch the sampling", engine._sampler, "launch"),
+            ("wait for the device", SampledTokens, "wait"),
             ("land", engine, "_land"),
         ):
             self._undo.enter_context(_replaced(owner, name, self._timed(part, getattr(owner, name))))

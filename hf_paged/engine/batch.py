@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from hf_paged.engine.in_flight import InFlightStep
 from hf_paged.engine.staging import Staging
-from hf_paged.types import Batch, Layout, Request, Scheduled, Step
+from hf_paged.types import Batch, Layout, Scheduled, Step
 
 WIDTH_STEP = 16  # so that every row of a table begins where loads of 16 bytes may
 
@@ -33,24 +34,25 @@ class BatchBuilder:
         step: Step,
         *,
         layout: Layout | None = None,
-        chosen: torch.Tensor | None = None,
-        places: Mapping[Request, int] | None = None,
+        ahead: InFlightStep | None = None,
     ) -> Batch:
         """The tensors of a step; see `Batch` for their shapes.
 
         Args:
             layout: the size that the batch shall have; None: the step's own.
-            chosen: int64 [n], tokens of the step before that the host doesn't know yet.
-            places: for each request whose last token is among them, its index there.
+            ahead: the step before, with the sampled tokens that the host doesn't know yet.
         """
         padded = _Padded(step.rows, layout)
         positions = padded.positions
         tables = [
             _as_array([row.request.tables[group] if row else () for row in padded.rows]) for group in self._groups
         ]
-        fed = [(end - 1, places[row.request]) for row, end in padded.ends_of_rows() if not row.known] if places else []
+        fed = []
+        if ahead is not None and ahead.sampled is not None:
+            index = ahead.sampled_index
+            fed = [(end - 1, index[row.request]) for row, end in padded.ends_of_rows() if not row.known]
         wanted, sampling = _wanted_logits(padded)
-        if layout is not None:  # each token once: the last layer writes where they are
+        if layout is not None:  # indices must be unique: the fused last layer scatters to them
             taken = set(wanted)
             rest = (token for token in range(layout.tokens) if token not in taken)
             wanted += itertools.islice(rest, layout.rows - len(taken))
@@ -65,8 +67,11 @@ class BatchBuilder:
         input_ids, where, *slots = moved[: 2 + len(self._groups)]
         logits_indices, fed_pairs, starts, seq_lens, *block_tables = moved[2 + len(self._groups) :]
         if fed:
-            assert chosen is not None
-            input_ids[fed_pairs[0]] = chosen[fed_pairs[1]].clamp(min=0)  # NO_TOKEN ends its request when it lands
+            assert ahead is not None
+            assert ahead.sampled is not None
+            input_ids[fed_pairs[0]] = ahead.sampled.on_device[fed_pairs[1]].clamp(
+                min=0
+            )  # NO_TOKEN ends its request when it lands
         return Batch(
             rows=step.rows,
             input_ids=input_ids,

@@ -147,8 +147,7 @@ class Graphs:
 
     def _capture(self, layout: Layout, cache: PagedKVCache) -> None:
         if self._inputs is None:
-            with torch.inference_mode(False):  # made in one caller's inference mode, they are written in another's call
-                self._inputs = self._make_inputs()
+            self._inputs = self._make_inputs()
             self._pool = torch.cuda.graph_pool_handle()
         batch = self._emptied(layout)
         current, side = torch.cuda.current_stream(self._device), _capture_stream(self._device)
@@ -160,9 +159,8 @@ class Graphs:
                 # Compiles, and sets libraries up.
                 logits = self._model.forward(batch, self._backend.plan(batch, cache))
                 if self._logits is None:
-                    with torch.inference_mode(False):
-                        shape = self._decode[-1] + MIXED_PROMPTS, logits.shape[1]
-                        self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+                    shape = self._decode[-1] + MIXED_PROMPTS, logits.shape[1]
+                    self._logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
                 del logits
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

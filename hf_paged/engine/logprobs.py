@@ -35,15 +35,6 @@ def add_output_logprobs(request: Request, logits: torch.Tensor, token: int) -> N
     request.cumulative_logprob = (request.cumulative_logprob or 0.0) + entry[token].logprob
 
 
-def trim_logprobs(request: Request) -> None:
-    """Drop the log-probabilities of a token that a step, broken off, recorded before it kept the token."""
-    if request.logprobs is not None:
-        new = request.output_token_ids[len(request.resume_from) :]
-        del request.logprobs[len(new) :]
-        chosen = zip(new, request.logprobs, strict=False)
-        request.cumulative_logprob = sum((entry[token].logprob for token, entry in chosen), 0.0)
-
-
 def add_prompt_logprobs(row: Scheduled, logits: torch.Tensor) -> None:
     """Record the log-probabilities of the prompt tokens that follow the row's own.
 

@@ -75,10 +75,7 @@ class FCFSScheduler:
         request.status = Status.FINISHED
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Begin anew with these requests after a step that was broken off anywhere: new books, all is computed again.
-
-        The queues can't be trusted to hold them: a request may have been on its way from one to the other.
-        """
+        """Take every block back from these requests, which are all that there are: they are computed again."""
         self.tables.reset([pool.num_blocks for pool in self.tables.pools])
         self.running, self.waiting = [], sorted(requests, key=self.key)
         for request in self.waiting:

@@ -17,6 +17,18 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def recorded(device: torch.device) -> torch.cuda.Event | None:
+    """An event after what the current stream was given; None where an owner thread launches on this stream too.
+
+    Source: CUDA's default stream is one for all threads; others aren't ordered with it.
+    """
+    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class Staging:
     """Sends small arrays to a device through pinned memory; on a CPU they stay where they are.
 

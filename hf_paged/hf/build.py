@@ -48,7 +48,7 @@ class Built:
         self.tell_stopped(error)
 
     def tell_stopped(self, error: BaseException | None = None) -> None:
-        """Tell the plugins that the engine, which its driver closes, has stopped; take its fused forwards off."""
+        """Tell the plugins that the engine, which its thread closes, has stopped; take its fused forwards off."""
         self.forsake()
         plugins.notify(self.manager, "engine_stopped", info=self.info, error=error)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pluggy
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import HFPagedError, UnsupportedModelError, first_line, is_out_of_memory
 from hf_paged.forks import after_fork
 from hf_paged.hf.build import Built, build
@@ -22,7 +23,8 @@ from hf_paged.hf.spec import check_mode
 from hf_paged.hf.weights import structure
 from hf_paged.types import CacheStats
 
-Key = tuple[Hashable, Hashable]  # autocast setting, structure
+Autocast = tuple[str, bool, torch.dtype]  # device type, whether it is on, and to what
+Key = tuple[Autocast, Hashable]  # with the structure
 
 
 @contextmanager
@@ -70,7 +72,7 @@ class ModelEngines:
         self._config = config
         self._manager, self._registry = manager, registry
         self._seed = seed
-        self._engines: dict[Key, tuple[Built, Driver]] = {}
+        self._engines: dict[Key, tuple[Built, EngineThread]] = {}
         self._refused: dict[Key, str] = {}
         self._past: list[CacheStats] = []  # of the engines that were dropped
         self._keepers = 1 if config.keep_pool else 0
@@ -91,8 +93,8 @@ class ModelEngines:
             raise UnsupportedModelError("the model is gone: only its handle was kept")
         return model
 
-    def get(self) -> tuple[Built, Driver]:
-        """The engine for the caller's autocast setting, with its driver.
+    def get(self) -> tuple[Built, EngineThread]:
+        """The engine for the caller's autocast setting, with its owner thread.
 
         It is built, and the model looked at, again when the model's modules, hooks or attention options changed.
 
@@ -109,7 +111,7 @@ class ModelEngines:
                 raise UnsupportedModelError("it was unpatched meanwhile")
             self._forsake_left_behind()
             self._drop_all_but(key[1])
-            if key in self._engines and self._engines[key][0].engine.closed:  # through its driver
+            if key in self._engines and self._engines[key][0].engine.closed:
                 self._drop(key)
             if key in self._refused:
                 raise UnsupportedModelError(self._refused[key])
@@ -117,7 +119,7 @@ class ModelEngines:
                 self._engines[key] = self._build(model, key)
             return self._engines[key]
 
-    def _build(self, model: PreTrainedModel, key: Key) -> tuple[Built, Driver]:
+    def _build(self, model: PreTrainedModel, key: Key) -> tuple[Built, EngineThread]:
         try:
             with looking():
                 built = build(model, self._config, self._manager, self._registry, self._seed)
@@ -125,15 +127,16 @@ class ModelEngines:
             if not is_out_of_memory(error.__cause__):  # which passes
                 self._refused[key] = str(error)
             raise
-        return built, Driver(built.engine, release_when_idle=not self.keeps_pool)
+        context = functools.partial(_autocast_context, *key[0])
+        return built, EngineThread(built.engine, context=context, release_when_idle=not self.keeps_pool)
 
     def _drop_all_but(self, current: Hashable) -> None:
         """Close the engines of what the model was before; one with callers inside is left for the next time."""
         for key in [key for key in self._refused if key[1] != current]:
             del self._refused[key]
-        for key, (_, driver) in list(self._engines.items()):
-            if key[1] != current and not driver.busy:
-                driver.close(wait=False)
+        for key, (_, thread) in list(self._engines.items()):
+            if key[1] != current and not thread.busy:
+                thread.close()
                 self._drop(key)
 
     def _drop(self, key: Key) -> None:
@@ -159,9 +162,9 @@ class ModelEngines:
         """Add (1) or remove (-1) one user who wants the pools kept; at zero they are freed when idle."""
         with self._building:
             self._keepers += more
-            drivers = [driver for _, driver in self._engines.values()]
-        for driver in drivers:
-            driver.set_release_when_idle(not self.keeps_pool)
+            threads = [thread for _, thread in self._engines.values()]
+        for thread in threads:
+            thread.set_release_when_idle(not self.keeps_pool)
 
     # -------------------------------------------------------------------------------------------------------------- end
 
@@ -170,24 +173,28 @@ class ModelEngines:
         """Whether there is one: the model was seen to work."""
         return bool(self._engines)
 
+    def abort(self, caller: threading.Thread | None = None) -> int:
+        """Stop the calls of all threads, or of one; see `EngineThread.abort`."""
+        return sum(thread.abort(caller) for _, thread in list(self._engines.values()))
+
     @property
-    def driven_here(self) -> bool:
+    def in_callback(self) -> bool:
         """Whether this thread is inside a step of one of them: in a callback."""
-        return any(driver.driven_here for _, driver in list(self._engines.values()))
+        return any(thread.is_current for _, thread in list(self._engines.values()))
 
     def close(self) -> None:
         """Close all engines. Waits for the step that is under way, unless it is called from a callback of it."""
         self.closed = True
         with self._building:
             engines = dict(self._engines)
-        for key, (_, driver) in engines.items():
-            driver.close()
+        for key, (_, thread) in engines.items():
+            thread.close()
             with self._building:
                 self._drop(key)
         self._forsake_left_behind()
 
     def begin_again(self) -> None:
-        """In a forked child: the threads that drove the engines are not here, so the engines are of no use.
+        """In a forked child: the engines' threads are not here, so the engines are of no use.
 
         Most children never generate, so nothing is done to the weights before one does.
         """
@@ -209,9 +216,14 @@ def _begin_again() -> None:
         engines.begin_again()
 
 
-def _autocast(device: torch.device) -> Hashable:
+def _autocast(device: torch.device) -> Autocast:
     kind = device.type if device.type != "meta" else "cpu"  # meta: offloaded weights, which have no autocast
-    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _autocast_context(kind: str, enabled: bool, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """What has the owner thread compute as its callers would."""
+    return torch.autocast(kind, dtype=dtype) if enabled else nullcontext()
 
 
 def _sum(each: list[CacheStats]) -> CacheStats:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import EngineClosedError, RequestAbortedError
 from hf_paged.hf import lockstep
 from hf_paged.hf.compat import decoder_output
@@ -25,19 +25,19 @@ _ids = itertools.count()
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Tensor | GenerateDecoderOnlyOutput:
+def generate(model: PreTrainedModel, call: Prepared, thread: EngineThread) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Answer a prepared call on the engine, with stock's result: shape, padding, dtype and device."""
     scores = logits = None
     if is_plain(call):
         requests = _requests(call, None)
-        driver.run(requests)
+        thread.run(requests)
         sequences = _padded(call, requests)
     elif is_rowwise(call):
-        sequences = _run_rowwise(model, call, driver)
+        sequences = _run_rowwise(model, call, thread)
     else:
-        handoff = lockstep.Handoff()
+        handoff = lockstep.Handoff(thread.engine.model.spec.device)
         requests = _requests(call, handoff, ends_itself=False)
-        sequences, scores, logits = lockstep.run(call, driver, requests, handoff)
+        sequences, scores, logits = lockstep.run(call, thread, requests, handoff)
     if call.streamer is not None:
         call.streamer.end()
     if not call.config.return_dict_in_generate:
@@ -46,16 +46,16 @@ def generate(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Te
     return decoder_output(sequences, scores, logits, cache)
 
 
-def _run_rowwise(model: PreTrainedModel, call: Prepared, driver: Driver) -> torch.Tensor:
+def _run_rowwise(model: PreTrainedModel, call: Prepared, thread: EngineThread) -> torch.Tensor:
     noise = None
     if call.config.do_sample:
-        noise = CallNoise(len(call.prompts), driver.engine.model.num_logits, call.input_ids.device)
+        noise = CallNoise(len(call.prompts), thread.engine.model.num_logits, call.input_ids.device)
     try:
         requests = _requests(call, None)
         sampler = RowwiseSampler(call, requests, noise)
         for request in requests:
             request.sampler = sampler
-        driver.run(requests)
+        thread.run(requests)
     except BaseException as error:
         if noise is not None:  # after an engine that was closed the call is answered by another, or by stock
             noise.close(drawn=not isinstance(error, (EngineClosedError, RequestAbortedError)))

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from hf_paged import plugins
 from hf_paged.config import PagedConfig
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import (
     EngineClosedError,
     RequestAbortedError,
@@ -95,19 +95,19 @@ class PatchedModel:
         if self.removed:  # a reference to the patched method that outlived unpatch()
             return self._stock(model, *args, **kwargs)
         try:
-            call, driver = self._look_at(model, args, kwargs)
+            call, thread = self._look_at(model, args, kwargs)
         except (Unsupported, UnsupportedModelError) as reason:
             if not self.removed:  # by another thread, while this one looked
                 self._tell(model, reason)
             with quiet():
                 return self._stock(model, *args, **kwargs)
         try:
-            found = generate.generate(model, call, driver)
+            found = generate.generate(model, call, thread)
         except EngineClosedError:
             if call.seen:
                 raise
         except RequestAbortedError:
-            if call.seen or not (self.removed or driver.engine.closed):
+            if call.seen or not (self.removed or thread.engine.closed):
                 raise
         else:
             self._proven = True
@@ -115,8 +115,8 @@ class PatchedModel:
         # The engine was closed before the caller saw a token: another one answers, or stock without the patch.
         return self.generate(*args, **kwargs)
 
-    def _look_at(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Prepared, Driver]:
-        """The call, ready for the engine, and the engine's driver.
+    def _look_at(self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Prepared, EngineThread]:
+        """The call, ready for the engine, and the engine's thread.
 
         Raises:
             Unsupported, UnsupportedModelError: the engine can't carry it.
@@ -128,12 +128,12 @@ class PatchedModel:
         given = bind(model, args, kwargs)
         with looking():
             check(model, given)
-        driver = self.driver()
+        thread = self.thread()
         handed = hand_over(model, given)
         with looking():
             call = read(handed, given)
-            _check_fits(driver, call)
-        return call, driver
+            _check_fits(thread, call)
+        return call, thread
 
     def _tell(self, model: PreTrainedModel, reason: Exception) -> None:
         """Tell the caller that stock answers, and why: once a reason, and loudly where stock answers every call.
@@ -165,13 +165,21 @@ class PatchedModel:
         self._proven = found is None
         return found if isinstance(found, SeamBroken) else None
 
-    def driver(self) -> Driver:
-        """The driver of `engine()`."""
+    def thread(self) -> EngineThread:
+        """The owner thread of `engine()`."""
         return self.engine()[1]
 
-    def engine(self) -> tuple[Built, Driver]:
-        """The engine for the caller's autocast setting, with its driver; see `ModelEngines.get`."""
+    def engine(self) -> tuple[Built, EngineThread]:
+        """The engine for the caller's autocast setting, with its owner thread; see `ModelEngines.get`."""
         return self._engines.get()
+
+    def abort(self, caller: threading.Thread | None = None) -> int:
+        """Stop the calls that are under way on the engine, or those of one thread: they raise RequestAbortedError.
+
+        Returns:
+            How many calls.
+        """
+        return self._engines.abort(caller)
 
     # ----------------------------------------------------------------------------------------------------------- memory
 
@@ -195,9 +203,9 @@ class PatchedModel:
         self._ledger.set_attribute(self.model, "generate", _PatchedGenerate(self))
 
     @property
-    def driven_here(self) -> bool:
+    def in_callback(self) -> bool:
         """Whether this thread is inside a step of one of its engines: in a callback."""
-        return self._engines.driven_here
+        return self._engines.in_callback
 
     def remove(self) -> None:
         """Take everything back: the memory, what plugins changed, the registries, the method.
@@ -267,9 +275,9 @@ def _no_generate(*args: Any, **kwargs: Any) -> Any:
     raise AttributeError("this model has no generate()")
 
 
-def _check_fits(driver: Driver, call: Prepared) -> None:
+def _check_fits(thread: EngineThread, call: Prepared) -> None:
     """Refuse what only the model tells: too few positions, or gaps that a window would count."""
-    model = driver.engine.model
+    model = thread.engine.model
     longest = max(map(len, call.prompts)) + call.max_new_tokens
     # Beyond the model's positions stock warns, and goes on as the family can.
     if model.max_positions is not None and longest > model.max_positions:

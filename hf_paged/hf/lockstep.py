@@ -11,25 +11,34 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_paged.engine.driver import Driver, raise_errors
+from hf_paged.engine.staging import recorded
+from hf_paged.engine.thread import EngineThread, raise_errors
 from hf_paged.hf.prepare import Prepared
 from hf_paged.types import Request, Sampled
 
 
 class Handoff:
-    """A sampler that hands each row's logits to the caller, and lets the row wait for its token."""
+    """A sampler that hands each row's logits to the caller, and lets the row await its token.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the logits are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.logits: dict[Request, torch.Tensor] = {}
+        # The caller reads them on its own stream: wait for them there, unless the owner thread launches on it too.
+        self._waits = recorded(device) is not None
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
         """See `TokenSampler.sample`."""
+        if self._waits:
+            torch.cuda.current_stream(logits.device).synchronize()
         self.logits.update(zip(requests, logits, strict=True))
         return Sampled([None] * len(requests))
 
 
 def run(
-    call: Prepared, driver: Driver, requests: Sequence[Request], handoff: Handoff
+    call: Prepared, thread: EngineThread, requests: Sequence[Request], handoff: Handoff
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
     """Carry a call to its end, step by step.
 
@@ -42,7 +51,7 @@ def run(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
     pad = config._pad_token_tensor.to(input_ids.device) if config._pad_token_tensor is not None else None
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-    with driver.call(requests) as stay, stay:
+    with thread.call(requests) as stay:
         while True:
             stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)

@@ -135,7 +135,7 @@ def _settled(model: PreTrainedModel) -> Iterator[None]:
             if handle is None or not handle.removed:
                 yield
                 return
-        if handle.driven_here:
+        if handle.in_callback:
             raise UnsupportedCallError("the model is being unpatched, and this is a callback of its generate()")
         handle.gone.wait()
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria, StopStringCriteria
 
@@ -242,6 +243,8 @@ def _check_model(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
         raise Unsupported(
             "synced_gpus (DeepSpeed ZeRO-3, FSDP: processes that forward in step) is not carried on the engine"
         )
+    if _get_current_dispatch_mode() is not None:
+        raise Unsupported("a torch dispatch mode (FlopCounterMode, FakeTensorMode, …) sees the caller's thread only")
     if "prepare_inputs_for_generation" in vars(model):
         raise Unsupported("somebody replaced its prepare_inputs_for_generation (PEFT's prompt tuning does)")
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())

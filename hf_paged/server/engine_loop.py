@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.thread import drive
 from hf_paged.errors import ConfigError, InvalidRequestError, RequestRejectedError
 from hf_paged.params import SamplingParams
 from hf_paged.server.messages import (
@@ -60,7 +61,7 @@ class StepLog:
 
 
 class EngineLoop:
-    """Carries the front's requests over one engine, in one thread.
+    """The mailbox of an engine process: carries the front's requests over one engine, in one thread.
 
     Args:
         engine: stepped by this alone.
@@ -99,17 +100,12 @@ class EngineLoop:
 
     def run(self) -> None:
         """Go on until the front says stop."""
-        while not self._stopping:
-            self._read()
-            if self._engine.has_work:
-                self._engine.step()
-            self._send_deltas()
-            self._report()
+        drive(self._engine, self)
         self._engine.close()
 
     # ------------------------------------------------------------------------------------------------------- the inbox
 
-    def _read(self) -> None:
+    def read(self) -> bool:
         """Take every message that is there; with nothing to do, wait for one until the next report is due."""
         wait = 0.0 if self._engine.has_work or self._refused else max(0.0, self._next_report - time.monotonic())
         timeout = math.ceil(1000 * (min(wait, 0.005) if self._constraining else wait))
@@ -118,6 +114,7 @@ class EngineLoop:
             self._handle(decode_to_engine(self._inbox.recv()))
         while not self._constrained.empty():
             self._take_constrained(*self._constrained.get())
+        return not self._stopping
 
     def _handle(self, message: Any) -> None:
         if isinstance(message, Add):
@@ -202,6 +199,11 @@ class EngineLoop:
         carried = self._carried.get(request.request_id)
         if carried is not None and carried.request is request:
             self._dirty[request.request_id] = carried
+
+    def landed(self) -> None:
+        """Tell the front what the messages and the step brought."""
+        self._send_deltas()
+        self._report()
 
     def _send_deltas(self) -> None:
         if not self._dirty and not self._refused:

@@ -12,7 +12,7 @@ from hf_paged import cli
 from hf_paged.bench import engines, kv, profile, report, static, throughput
 from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
-from hf_paged.engine.flight import ChosenTokens
+from hf_paged.engine.in_flight import SampledTokens
 
 ITEMS = [Item(list(range(3, 3 + length)), tokens) for length, tokens in [(5, 9), (26, 4), (17, 12), (40, 1), (9, 20)]]
 
@@ -111,4 +111,4 @@ def test_a_profile_of_some_steps(model, tmp_path):
     assert found["host_ms"]["launch the forward"] > found["host_ms"]["schedule"] > 0
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
-    assert "wait" in vars(ChosenTokens)  # put back
+    assert "wait" in vars(SampledTokens)  # put back

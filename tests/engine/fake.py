@@ -163,7 +163,7 @@ def make_engine(windows=FULL, *, prefer_runs=False, max_positions=None, engine=N
     backend, options = FakeBackend(prefer_runs), {"run_ahead": RUN_AHEAD, **(engine or {})}
     made = Engine(FakeModel(windows, max_positions), backend, config, **options)
     if PADDED:
-        made._runner = PaddingRunner(made.model, backend, config, 1)
+        made.runner = PaddingRunner(made.model, backend, config, 1)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 
 import zoo
 from hf_paged import LLM, ConfigError, InvalidRequestError, RequestFailedError, SamplingParams
-from hf_paged.engine.sampler import BatchSampler
+from hf_paged.engine.batch_sampler import BatchSampler
 from hf_paged.types import Request
 
 TOKENIZER = tiny.tokenizer()

@@ -52,7 +52,7 @@ class World:
         self.engine.model.poison = POISON
         self.engine.model.before = self.before_forward
         self.fault = None  # what the next forward raises
-        self.breaks = 0  # callbacks to go until one is interrupted; 0: none is
+        self.breaks = 0  # callbacks to go until one raises; 0: none does
         self.hold = Hold()
         self.live, self.done = [], []
         self.told = Counter()
@@ -90,7 +90,7 @@ class World:
     def step(self):
         before = [(r, len(r.token_ids)) for r in self.live]
         failing = self.fault is not None or self.breaks
-        self.mended(self.engine.step)
+        self.engine.step()
         for request, length in before:
             assert len(request.token_ids) - length in (0, 1)
         self.watch_oldest(failing)
@@ -99,26 +99,17 @@ class World:
         if self.live:
             request = self.pick.choice(self.live)
             self.aborted.add(request)
-            self.mended(self.engine.abort, request)
+            self.engine.abort(request)
 
     def push(self):
         held = [r for r in self.live if r.held]
         if held:
             request = self.pick.choice(held)
-            self.mended(self.engine.push, request, int(self.hold.logits[request].argmax()))
+            self.engine.push(request, int(self.hold.logits[request].argmax()))
 
-    def recover(self):
-        self.mended(self.engine.recover)
+    def restart(self):
+        self.engine.restart()
         self.oldest = None
-
-    def mended(self, work, *arguments):
-        """Do something, and recover if it is interrupted, also when recovering is."""
-        try:
-            work(*arguments)
-        except KeyboardInterrupt:
-            # It may have come before the engine acted on a failing forward: that one is tried again then.
-            self.excused = {request for request in self.excused if request.finished}
-            self.mended(self.engine.recover)
 
     def forget(self):
         self.engine.forget()
@@ -127,11 +118,7 @@ class World:
         self.fault = RuntimeError("once")
         self.step()
 
-    def interrupt(self):
-        self.fault = KeyboardInterrupt()
-        self.step()
-
-    def interrupt_callback(self):
+    def fail_callback(self):
         self.breaks = self.pick.randint(1, 3)
         self.step()
 
@@ -146,16 +133,17 @@ class World:
     def before_forward(self, batch):
         fault, self.fault = self.fault, None
         if fault is not None:
-            if isinstance(fault, RuntimeError) and len(batch.rows) == 1:
+            if len(batch.rows) == 1:
                 self.excused.add(batch.rows[0].request)
             raise fault
 
     def on_token(self, request):
         self.told[request] += 1
-        if self.breaks:
+        if self.breaks and not request.finished:
             self.breaks -= 1
             if not self.breaks:
-                raise KeyboardInterrupt
+                self.excused.add(request)
+                raise RuntimeError("a callback")
 
     # ----------------------------------------------------------------------------------------------------------- checks
 
@@ -216,10 +204,9 @@ def test_random_operations(seed):
         world.push: 10,
         world.abort: 4,
         world.forget: 1,
-        world.recover: 1,
+        world.restart: 1,
         world.fail_once: 2,
-        world.interrupt: 1,
-        world.interrupt_callback: 2,
+        world.fail_callback: 2,
         world.new_weights: 2,
     }
     for _ in range(OPERATIONS):

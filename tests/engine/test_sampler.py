@@ -8,8 +8,8 @@ import pytest
 import torch
 from engine import fake
 
+from hf_paged.engine.batch_sampler import BatchSampler, filtered
 from hf_paged.engine.logprobs import top_logprobs
-from hf_paged.engine.sampler import BatchSampler, filtered
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request, Sampled
 

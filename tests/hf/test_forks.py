@@ -91,7 +91,7 @@ def test_the_child_generates_while_a_thread_of_the_parent_is_inside_a_step(
 LOCKS: dict[str, Callable[[Any], Any]] = {
     "patching": lambda handle: handles.lock,
     "building": lambda handle: handle._engines._building,
-    "the driver's seat": lambda handle: handle.engine()[1]._lock,
+    "owning the engine": lambda handle: handle.engine()[1]._owned,
 }
 
 

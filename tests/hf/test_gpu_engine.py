@@ -27,7 +27,7 @@ def tokens(llm, prompts, params=GREEDY):
 
 
 def graphs_of(llm):
-    return llm.engine()[1].engine._runner._graphs
+    return llm.engine()[1].engine.runner._graphs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from stock import free, padded, snapshot
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 import hf_paged
@@ -251,3 +252,59 @@ def test_modes_of_threads_are_their_own(llama: PreTrainedModel) -> None:
             assert not thread.is_alive()
         assert free(handle.stats)
     assert not errors
+
+
+@pytest.mark.parametrize("kind", ["greedy", "with a processor"])
+def test_a_call_is_aborted_from_another_thread(llama: PreTrainedModel, kind: str) -> None:
+    handle = hf_paged.patch(llama, on_unsupported="error")
+    more = {"logits_processor": [Bias(3)]} if kind == "with a processor" else {}
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "eos_token_id": None, **more}
+    expected = tokens(llama.generate(**call, max_new_tokens=8))
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            results.append(llama.generate(**call, max_new_tokens=400))
+        except hf_paged.RequestAbortedError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while handle.abort(thread) == 0 and thread.is_alive():
+        time.sleep(0.001)
+    thread.join(100)
+    assert [type(result) for result in results] == [hf_paged.RequestAbortedError]
+    assert handle.abort() == 0
+    assert free(handle.stats)
+    assert tokens(llama.generate(**call, max_new_tokens=8)) == expected
+
+
+def test_steps_compute_under_the_callers_autocast(llama: PreTrainedModel) -> None:
+    seen: list[Any] = []
+    head = llama.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    hf_paged.patch(llama, on_unsupported="error")
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "max_new_tokens": 4}
+    llama.generate(**call)
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        llama.generate(**call)
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    llama.generate(**call)
+    assert set(seen) == {torch.float32}
+
+
+def test_a_dispatch_mode_of_the_callers_sees_what_stock_computes(llama: PreTrainedModel) -> None:
+    """It is in force in the caller's thread alone."""
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "max_new_tokens": 4}
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            llama.generate(**call)
+        return counter.get_total_flops()
+
+    expected = flops()
+    hf_paged.patch(llama)
+    with pytest.warns(UserWarning, match="dispatch mode"):
+        assert flops() == expected > 0

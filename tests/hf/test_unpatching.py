@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import hf_paged
 import zoo
-from hf_paged.engine.driver import Driver
+from hf_paged.engine.thread import EngineThread
 from hf_paged.hf.engines import ModelEngines
 
 BATCH = padded(zoo.prompts(2, (9, 4)))
@@ -90,12 +90,12 @@ def test_a_call_whose_engine_is_closed_before_it_begins(
     original, closed = ModelEngines.get, []
 
     def get(self: ModelEngines) -> Any:
-        built, driver = original(self)
+        built, thread = original(self)
         if not closed:
-            closed.append(driver)
-            driver.close()
+            closed.append(thread)
+            thread.close()
             self._engines.clear()
-        return built, driver
+        return built, thread
 
     monkeypatch.setattr(ModelEngines, "get", get)
     torch.manual_seed(5)
@@ -112,13 +112,13 @@ def test_a_call_that_is_unpatched_before_it_begins_is_stocks(
     torch.manual_seed(5)
     expected, after = llama.generate(**BATCH, **kwargs), torch.rand(2)
     hf_paged.patch(llama, on_unsupported="error")
-    original = Driver.call
+    original = EngineThread.call
 
-    def call(self: Driver, requests: Any) -> Any:
+    def call(self: EngineThread, requests: Any) -> Any:
         hf_paged.unpatch(llama)
         return original(self, requests)
 
-    monkeypatch.setattr(Driver, "call", call)
+    monkeypatch.setattr(EngineThread, "call", call)
     torch.manual_seed(5)
     with caught() as warned:
         same_tensor(llama.generate(**BATCH, **kwargs), expected)
@@ -185,26 +185,26 @@ def test_a_streamer_hears_a_call_once_that_is_begun_again(llama: PreTrainedModel
     llama.generate(BATCH["input_ids"][:1], streamer=expected, **KWARGS)
     hf_paged.patch(llama, on_unsupported="error")
     llama.generate(BATCH["input_ids"][:1], **KWARGS)
-    entered, original = [], Driver.enter
+    entered, original = [], EngineThread.enter
 
-    def enter(self: Driver, *arguments: Any) -> None:
+    def enter(self: EngineThread, *arguments: Any) -> None:
         if not entered:
             entered.append(self)
             self.close()
         original(self, *arguments)
 
-    monkeypatch.setattr(Driver, "enter", enter)
+    monkeypatch.setattr(EngineThread, "enter", enter)
     got = During(lambda: None)
     llama.generate(BATCH["input_ids"][:1], streamer=got, **KWARGS)
     assert got.got == expected.got
     assert entered
 
 
-def test_a_driver_that_its_user_closed_is_replaced(llama: PreTrainedModel) -> None:
+def test_an_engine_that_its_user_closed_is_replaced(llama: PreTrainedModel) -> None:
     expected = answer(llama, "greedy")
     handle = hf_paged.patch(llama, on_unsupported="error")
     assert answer(llama, "greedy") == expected
-    handle.driver().close()
+    handle.thread().close()
     assert answer(llama, "greedy") == expected
     assert handle.stats.pool_bytes == 0
 
@@ -214,14 +214,14 @@ def test_an_engine_that_is_closed_as_a_call_enters(llama: PreTrainedModel, monke
     expected = answer(llama, "greedy")
     hf_paged.patch(llama, on_unsupported="error")
     assert answer(llama, "greedy") == expected
-    entered, original = [], Driver.enter
+    entered, original = [], EngineThread.enter
 
-    def enter(self: Driver, *arguments: Any) -> None:
+    def enter(self: EngineThread, *arguments: Any) -> None:
         original(self, *arguments)
         if not entered:
             entered.append(self)
-            self.close(wait=False)
+            self.close()
 
-    monkeypatch.setattr(Driver, "enter", enter)
+    monkeypatch.setattr(EngineThread, "enter", enter)
     assert answer(llama, "greedy") == expected
     assert entered

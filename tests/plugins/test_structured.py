@@ -84,12 +84,12 @@ def answers(llm, params, prompts=None):
 
 
 def request_for(llm, prompt, params, so_far=()):
-    """A request as `LLM` makes it, and the driver for it; with output tokens to begin with."""
-    built, driver = llm._patched.engine()
+    """A request as `LLM` makes it, and the thread for it; with output tokens to begin with."""
+    built, thread = llm._patched.engine()
     request = Request("mine-" + prompt, llm.tokenizer.encode(prompt), params, end_ids(llm.model, llm.tokenizer))
     plugins.constrain(built.manager, request, llm.tokenizer)
     request.token_ids += so_far
-    return request, driver
+    return request, thread
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -172,13 +172,13 @@ def test_others_in_the_batch_answer_as_alone(llm):
 
 def test_a_request_resumes_anywhere_in_its_answer(llm):
     params = wanting(json=PERSON)
-    whole, driver = request_for(llm, "Resume", params)
-    driver.run([whole])
+    whole, thread = request_for(llm, "Resume", params)
+    thread.run([whole])
     assert whole.finish_reason == "stop"
     assert whole.num_output > 8
     for count in range(1, whole.num_output):
-        again, driver = request_for(llm, "Resume", params, whole.output_token_ids[:count])
-        driver.run([again])
+        again, thread = request_for(llm, "Resume", params, whole.output_token_ids[:count])
+        thread.run([again])
         assert again.token_ids == whole.token_ids
         assert again.finish_reason == "stop"
 
@@ -229,9 +229,9 @@ def test_what_can_not_be_kept_to_is_refused_and_named(llm, wanted, words):
 
 def test_a_dead_end_fails_its_request_alone(llm):
     (a,) = llm.tokenizer.encode("a")
-    dead, driver = request_for(llm, "Dead", wanting(regex="bbb", allowed_token_ids=[a]))
+    dead, thread = request_for(llm, "Dead", wanting(regex="bbb", allowed_token_ids=[a]))
     other, _ = request_for(llm, "Other", wanting(regex="[ab]{3}"))
-    with driver.call([dead, other]) as call:
+    with thread.call([dead, other]) as call:
         call.wait(lambda: dead.finished and other.finished)
     assert dead.finish_reason == "error"
     assert "no token may be drawn as token 1" in str(dead.error)
@@ -330,7 +330,7 @@ class BrokenExecutor:
 
 
 def test_a_mask_that_can_not_be_computed_costs_its_request_alone(llm, monkeypatch):
-    bad, driver = request_for(llm, "Bad", wanting(regex="[ab]{6}"))
+    bad, thread = request_for(llm, "Bad", wanting(regex="[ab]{6}"))
     good, _ = request_for(llm, "Good", wanting(regex="[ab]{6}"))
     init = Ahead.__init__
 
@@ -339,7 +339,7 @@ def test_a_mask_that_can_not_be_computed_costs_its_request_alone(llm, monkeypatc
         self._executor = BrokenExecutor([bad.constraint])
 
     monkeypatch.setattr(Ahead, "__init__", broken)
-    with driver.call([bad, good]) as call:
+    with thread.call([bad, good]) as call:
         call.wait(lambda: bad.finished and good.finished)
     assert (bad.finish_reason, good.finish_reason) == ("error", "stop")
     assert "index out of bounds" in str(bad.error)
@@ -359,8 +359,8 @@ def test_a_thread_that_breaks_off_leaves_nobody_waiting(llm):
 
 
 def test_a_batch_that_does_not_concern_it_is_not_touched(llm):
-    _, driver = llm._patched.engine()
-    (processor,) = [p for p in driver.engine._chooser._processors if type(p).__name__ == "StructuredProcessor"]
+    _, thread = llm._patched.engine()
+    (processor,) = [p for p in thread.engine._sampler._processors if type(p).__name__ == "StructuredProcessor"]
     request = Request("plain", [1])
     logits = torch.randn(1, 5)
     assert not processor.concerns(request)

@@ -34,8 +34,8 @@ def run(llm: LLM, case: str, resume_from: list[int]) -> Request:
     request = Request("r", [5, 6, 7, 8, 9], params, eos_token_ids=eos, resume_from=resume_from)
     if case == "bad_words":
         request.banned = ((first_token(llm),),)
-    _, driver = llm.engine()
-    driver.run([request])
+    _, thread = llm.engine()
+    thread.run([request])
     return request
 
 
@@ -64,16 +64,16 @@ def test_it_goes_on_as_if_nothing_had_happened(llm: LLM, case: str) -> None:
             assert resumed.cumulative_logprob == pytest.approx(sum(values))
 
 
-def test_a_step_that_is_broken_off_keeps_the_logprobs_of_a_resumed_one(llm: LLM) -> None:
-    _, driver = llm.engine()
-    engine = driver.engine
+def test_a_restart_keeps_the_logprobs_of_a_resumed_one(llm: LLM) -> None:
+    _, thread = llm.engine()
+    engine = thread.engine
     whole = run(llm, "logprobs", [])
     params = SamplingParams(max_tokens=LENGTH, temperature=0.0, logprobs=2)
     request = Request("r", [5, 6, 7, 8, 9], params, resume_from=whole.output_token_ids[:6])
     engine.add(request)
     while engine.has_work:
         engine.step()
-        engine.recover()
+        engine.restart()
     assert request.output_token_ids == whole.output_token_ids
     assert request.logprobs is not None
     assert len(request.logprobs) == LENGTH - 6
