@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import queue
@@ -75,7 +76,7 @@ class EngineThread:
         self._owner: threading.Thread | None = None  # while it does something
         inbox = self._inbox
         self._reference = weakref.ref(self, lambda _: inbox.put(None))  # wakes an idle owner thread: it ends
-        self._waiting: list[tuple[Callable[[], bool], Future[None]]] = []
+        self._waiting: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # what for, and what tells the caller
         self._calls: dict[int, tuple[threading.Thread, Sequence[Request]]] = {}
         _all.add(self)
 
@@ -122,7 +123,8 @@ class EngineThread:
     def set_release_when_idle(self, release: bool) -> None:
         """Give the pool's memory back when no request is left (now, where there is none), or keep it."""
         self.release_when_idle = release
-        self.do(lambda: None)
+        if release:
+            self.do(lambda: None)
 
     def close(self) -> None:
         """Close the engine between two steps; callers that are inside get RequestAbortedError.
@@ -140,9 +142,10 @@ class EngineThread:
 
         def message() -> None:
             try:
-                done.set_result(work())
+                tell = functools.partial(done.set_result, work())
             except BaseException as error:
-                done.set_exception(error)
+                tell = functools.partial(done.set_exception, error)
+            self._waiting.append((lambda: True, tell))
 
         self.post(message)
         return None if self.is_current else done.result()
@@ -150,7 +153,7 @@ class EngineThread:
     def wait(self, done: Callable[[], bool]) -> None:
         """Wait until `done`, which the owner thread asks after each step."""
         future: Future[None] = Future()
-        self.post(lambda: self._waiting.append((done, future)))
+        self.post(lambda: self._waiting.append((done, lambda: future.set_result(None))))
         future.result()
 
     def post(self, message: Callable[[], None]) -> None:
@@ -228,11 +231,11 @@ class EngineThread:
         if self.release_when_idle and self._inbox.empty():
             self.engine.release_memory()  # before anybody is told: who returns finds it given back
         waiting, self._waiting = self._waiting, []
-        for done, future in waiting:
+        for done, tell in waiting:
             if done():
-                future.set_result(None)
+                tell()
             else:
-                self._waiting.append((done, future))
+                self._waiting.append((done, tell))
 
     def _take(self, requests: Sequence[Request], written: torch.cuda.Event | None) -> None:
         """Add a caller's requests, after what its stream had been given, such as new weights."""

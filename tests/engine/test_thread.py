@@ -167,6 +167,17 @@ def test_memory_is_given_back_when_the_last_caller_leaves():
     assert run(thread, again := fake.make_request([1, 2, 3], 6)) == right(again)
 
 
+def test_memory_is_given_back_by_the_time_that_a_caller_leaves():
+    thread = roomy()
+    thread.release_when_idle = True
+    for number in range(50):
+        with thread.call([request := endless([1, 2])]) as call:
+            call.wait(lambda request=request: request.num_output > number % 3)
+        assert thread.engine.stats.pool_bytes == 0
+    thread.run([fake.make_request([1, 2])])
+    assert thread.engine.stats.pool_bytes == 0
+
+
 def test_memory_is_kept_where_it_should_be():
     thread = EngineThread(fake.make_engine())
     thread.run([fake.make_request(range(9), 6)])
