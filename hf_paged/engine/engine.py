@@ -169,7 +169,8 @@ class Engine:
         if self._in_flight is current:  # otherwise the launch failed, and the step was landed before the recovery
             self._land(current)
         if self._in_flight is current:
-            self._in_flight = following
+            # One whose requests have all ended isn't waited for: the next call would wait for it too.
+            self._in_flight = following if following is not None and following.is_wanted else None
         return [row.request for row in current.step.rows]
 
     def _schedule(self, ahead: InFlightStep | None) -> InFlightStep | None:

@@ -32,6 +32,11 @@ class InFlightStep:
     sampled_index: Mapping[Request, int] = dataclasses.field(default_factory=dict)
     logits: torch.Tensor | None = None
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a request of it goes on; the others have ended since it was launched."""
+        return any(not row.request.finished for row in self.step.rows)
+
 
 class SampledTokens:
     """Tokens on the device, on their way to the host.

@@ -10,7 +10,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from hf_paged.types import Request, Status
 
 logger = logging.getLogger(__name__)
 
-IDLE = 2.0  # seconds without a message after which the thread ends
+IDLE = 5.0  # seconds without a message after which the thread ends
 ENDS = 60.0  # seconds that the interpreter's end waits for a step under way
 
 
@@ -48,7 +47,7 @@ def drive(engine: Engine, mailbox: Mailbox) -> None:
 
 
 class EngineThread:
-    """Steps one engine in a thread of its own. Callers put messages into its inbox and wait for futures.
+    """Steps one engine in a thread of its own. Callers put messages into its inbox and wait for the replies.
 
     Only the owner thread touches the engine, so the engine needs no lock. An interrupt or an exception strikes the
     caller alone: its call is left, and what it had not finished is aborted. The thread begins with a message and ends
@@ -74,6 +73,7 @@ class EngineThread:
         self._inbox: Inbox = queue.SimpleQueue()
         self._owned = threading.Lock()  # held by the owner thread, from its begin to its end
         self._owner: threading.Thread | None = None  # while it does something
+        self._has_work = False  # after the last step
         inbox = self._inbox
         self._reference = weakref.ref(self, lambda _: inbox.put(None))  # wakes an idle owner thread: it ends
         self._waiting: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # what for, and what tells the caller
@@ -83,7 +83,7 @@ class EngineThread:
     # ---------------------------------------------------------------------------------------------------- for callers
 
     def call(self, requests: Sequence[Request]) -> Call:
-        """One caller's requests, as a context manager: they are queued on entry, and none is left on exit.
+        """One caller's requests, as a context manager: they are queued by the first wait, and none is left on exit.
 
         Raises:
             InvalidRequestError: a request could never be served; none of them was taken.
@@ -138,23 +138,35 @@ class EngineThread:
 
         From a callback of a step it returns None at once, and is done after that step.
         """
-        done: Future[Any] = Future()
+        reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def message() -> None:
             try:
-                tell = functools.partial(done.set_result, work())
+                outcome = work(), None
             except BaseException as error:
-                tell = functools.partial(done.set_exception, error)
-            self._waiting.append((lambda: True, tell))
+                outcome = None, error
+            self._waiting.append((lambda: True, functools.partial(reply.put, outcome)))
 
         self.post(message)
-        return None if self.is_current else done.result()
+        if self.is_current:
+            return None
+        result, error = reply.get()
+        if error is not None:
+            raise error
+        return result
 
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Wait until `done`, which the owner thread asks after each step."""
-        future: Future[None] = Future()
-        self.post(lambda: self._waiting.append((done, lambda: future.set_result(None))))
-        future.result()
+    def wait(self, done: Callable[[], bool], *, after: Callable[[], None] | None = None) -> None:
+        """Have the owner thread do something, and wait until `done`, which it asks then and after each step."""
+        # Each message wakes the owner thread, and it and the caller wait for the interpreter in turn: one is enough.
+        reply: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def message() -> None:
+            if after is not None:
+                after()
+            self._waiting.append((done, functools.partial(reply.put, None)))
+
+        self.post(message)
+        reply.get()
 
     def post(self, message: Callable[[], None]) -> None:
         """Have the owner thread do something between two steps, and don't wait for it."""
@@ -180,11 +192,10 @@ class EngineThread:
         """Whether the calling thread is the owner thread: it is in a callback of a step."""
         return self._owner is threading.current_thread()
 
-    def enter(self, number: int, requests: Sequence[Request]) -> None:
-        """A caller comes with requests."""
+    def enter(self, number: int, requests: Sequence[Request]) -> Callable[[], None]:
+        """A caller comes with requests. Returns what has the owner thread take them."""
         self._calls[number] = threading.current_thread(), requests
-        written = recorded(self.engine.model.spec.device)
-        self.post(lambda: self._take(requests, written))
+        return functools.partial(self._take, requests, recorded(self.engine.model.spec.device))
 
     def leave(self, number: int, requests: Sequence[Request]) -> None:
         """A caller goes; what it leaves unfinished is aborted, and its blocks are free when this returns."""
@@ -224,12 +235,13 @@ class EngineThread:
                 return False
             message()
             found = True
-        return found or self.engine.has_work
+        return found or self._has_work
 
     def landed(self) -> None:
         """Give the memory back where nobody needs it, and tell the callers whose requests are where they wait for."""
         if self.release_when_idle and self._inbox.empty():
             self.engine.release_memory()  # before anybody is told: who returns finds it given back
+        self._has_work = self.engine.has_work  # likewise: the told wait until this thread leaves them the interpreter
         waiting, self._waiting = self._waiting, []
         for done, tell in waiting:
             if done():
@@ -267,9 +279,10 @@ class Call:
         self._thread = thread
         self._requests = requests
         self._number = next(self._numbers)
+        self._next: Callable[[], None] | None = None  # what the owner thread does before the next wait
 
     def __enter__(self) -> Call:
-        self._thread.enter(self._number, self._requests)
+        self._next = self._thread.enter(self._number, self._requests)
         return self
 
     def __exit__(
@@ -282,19 +295,13 @@ class Call:
         self._thread.forsake(self._number, self._requests)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Wait until what was pushed is taken, and `done`."""
-        self._thread.wait(done)
+        """Wait until `done`. The first wait queues the requests; one after `push` hands over what was pushed."""
+        after, self._next = self._next, None
+        self._thread.wait(done, after=after)
 
     def push(self, tokens: Sequence[tuple[Request, int, bool]]) -> None:
         """Give requests that await their tokens the next ones: (request, token, whether it ends the request)."""
-        engine = self._thread.engine
-
-        def message() -> None:
-            for request, token, stop in tokens:
-                if not request.finished:
-                    engine.push(request, token, stop=stop)
-
-        self._thread.post(message)
+        self._next = functools.partial(_push, self._thread.engine, tokens)
 
 
 def raise_errors(requests: Sequence[Request]) -> None:
@@ -302,6 +309,12 @@ def raise_errors(requests: Sequence[Request]) -> None:
     for request in requests:
         if request.error is not None:
             raise request.error
+
+
+def _push(engine: Engine, tokens: Sequence[tuple[Request, int, bool]]) -> None:
+    for request, token, stop in tokens:
+        if not request.finished:
+            engine.push(request, token, stop=stop)
 
 
 def _fail(request: Request, error: BaseException) -> None:

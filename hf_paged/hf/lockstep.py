@@ -51,10 +51,13 @@ def run(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
     pad = config._pad_token_tensor.to(input_ids.device) if config._pad_token_tensor is not None else None
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    done = False
     with thread.call(requests) as stay:
         while True:
             stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
             raise_errors(requests)
+            if done:
+                return input_ids, scores, logits
             if call.streamer is not None and not call.seen:
                 call.streamer.put(input_ids.cpu())  # no sooner: of a call that is begun again it would come twice
             call.seen = True
@@ -72,8 +75,6 @@ def run(
                 call.streamer.put(tokens.cpu())
             done = not bool(unfinished.max())
             stay.push([(request, token, done) for request, token in zip(requests, tokens.tolist(), strict=True)])
-            if done:
-                return input_ids, scores, logits
 
 
 def _choose(scores: torch.Tensor, sample: bool) -> torch.Tensor:

@@ -160,7 +160,8 @@ def test_leaving_early_aborts():
 def test_memory_is_given_back_when_the_last_caller_leaves():
     thread = EngineThread(fake.make_engine(num_blocks=None), release_when_idle=True)
     outer, inner = fake.make_request([1, 2, 3], 6, sampler=Hold()), fake.make_request([1, 2, 3, 4], 6)
-    with thread.call([outer]):
+    with thread.call([outer]) as call:
+        call.wait(lambda: outer.held)
         assert [run(thread, inner)] == [right(inner)]
         assert thread.engine.stats.pool_bytes > 0
     assert thread.engine.stats.pool_bytes == 0
@@ -263,16 +264,13 @@ def test_an_interrupted_caller_takes_nobody_along():
     def strike(request):
         if request.num_output == 3:
             interrupt(caller)
-            threads_run.set()
 
-    threads_run = threading.Event()
     mine.on_token = strike
 
     def call():
         try:
             with thread.call([mine]) as call:
-                threads_run.wait(HANGS)
-                call.wait(lambda: mine.finished)
+                call.wait(lambda: mine.num_output > 3)
         except Interrupt as error:
             results.append(type(error))
 
