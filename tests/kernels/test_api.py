@@ -132,6 +132,41 @@ def test_custom_ops(kit):
     check(kernels.sample, x, token, row, row.long() * 2, row.long() * 3, row.int(), row * 0.5, row * 0.1)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "linear", "argmax", "sample", "write_cache"])
+def test_a_public_function_has_the_signature_that_it_was_written_with(name):
+    """What the decorator generates refuses unknown arguments, and keeps types, defaults and documentation."""
+    import inspect
+
+    import hf_paged_kernels as kernels
+
+    function = getattr(kernels, name)
+    generated = inspect.signature(function, follow_wrapped=False).parameters.values()
+    written = inspect.signature(function).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in generated] == [(p.name, p.kind, p.default) for p in written]
+    assert all(p.annotation is not p.empty for p in written)
+    assert function.__doc__
+    with pytest.raises(TypeError, match="bias_of_another_name"):
+        function(bias_of_another_name=1)
+
+
+def test_what_is_written_is_returned(kit):
+    """`out` where it was given or not, the rotated query of a cache write, the workspace of a plan."""
+    import hf_paged_kernels as kernels
+
+    x = torch.randn(3, 64, device=DEVICE)
+    out = torch.empty_like(x)
+    for impl in ("triton", "torch"):
+        assert kernels.gated_activation(x, x, out=out, impl=impl) is out
+        assert torch.equal(kernels.gated_activation(x, x, impl=impl), out)
+    a = decode_arguments(kit)
+    caches = a["k_cache"], a["v_cache"]
+    assert kernels.plan_decode(a["seq_lens"], a["workspace"], *caches) is a["workspace"]
+    key, slots = torch.randn(2, 2, 32, device=DEVICE), torch.tensor([3, 17], device=DEVICE)
+    cos, query = torch.randn(2, 16, device=DEVICE), a["query"]
+    assert kernels.write_cache(key, key.clone(), *caches, slots) is None
+    assert kernels.write_cache(key, key.clone(), *caches, slots, query=query, cos=cos, sin=cos) is query
+
+
 def test_compiles_without_graph_breaks():
     """torch.compile traces through the checks and the op, here with the backend that compiles nothing."""
     import hf_paged_kernels as kernels
