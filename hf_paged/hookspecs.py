@@ -94,9 +94,8 @@ def register_logits_processors(register: Callable[[LogitsProcessor], None], conf
     """Change logits before a token is chosen, of every request.
 
     When: a model is patched or given to `LLM`.
-    Arguments: register(processor): an object that processes a batch of logits on the device without a sync, and
-        declares whether it is graph-safe. Processors run in the order in which they were registered. config: the
-        engine's options.
+    Arguments: register(processor): an object that processes a batch of logits on the device without a sync.
+        Processors run in the order in which they were registered. config: the engine's options.
     Return: nothing.
     Cost: once an engine; the processor itself runs once a step for each sampler: the engine's own, and that of each
         `generate()` call with processors or sampling of its own, whose processors run after it.

@@ -259,12 +259,9 @@ class LogitsProcessor(Protocol):
     of a batch none of whose requests concerns it, and one without the method concerns every request.
 
     Attributes:
-        graph_safe: whether it may be captured in a CUDA graph: fixed shapes, no host value read.
         needs_tokens: whether it reads the tokens of the requests that concern it: their steps wait then until the last
             one is known. Taken for True where a processor doesn't say.
     """
-
-    graph_safe: bool
 
     def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         """New logits [rows, vocabulary], float32; may change them in place."""

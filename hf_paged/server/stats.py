@@ -77,11 +77,6 @@ class RequestRecord:
         """Seconds from acceptance to the end, or None."""
         return None if self.finished is None else self.finished - self.arrival
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, with the two derived times, as JSON takes it."""
-        derived = {"time_to_first_token": self.time_to_first_token, "latency": self.latency}
-        return dataclasses.asdict(self) | derived
-
 
 @dataclasses.dataclass
 class Totals:

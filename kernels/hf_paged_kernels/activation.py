@@ -3,9 +3,13 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
 
-from .common import await_previous, overlap
+from . import checks
+from .common import await_previous, overlap, wide
 from .heuristics import activation_config
+from .op import op
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -36,12 +40,18 @@ def _activation_kernel(
     u = tl.load(up_ptr + row * stride_u + c, mask=ok, other=0.0).to(tl.float32)
     a = activate(g, KIND)
     dtype = out_ptr.dtype.element_ty
-    # act(gate) is rounded before the product, as where the two are modules of their own.
+    # act(gate) is rounded before the product, as if activation and product were separate modules.
     tl.store(out_ptr + row * stride_o + c, (a.to(dtype).to(tl.float32) * u).to(dtype), mask=ok)
 
 
-def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, kind: str) -> None:
-    """gate, up, out [rows, n], unit stride within a row; writes `out`, which may be `gate` or `up`."""
+def activated(g: Tensor, kind: str) -> Tensor:
+    """The activation `kind` of g in plain torch, in g's dtype."""
+    if kind == "silu":
+        return functional.silu(g)
+    return functional.gelu(g, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def _launch(gate, up, out, kind):
     rows, n = gate.shape
     if not rows:
         return
@@ -50,3 +60,26 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, ki
         gate, up, out, n, gate.stride(0), up.stride(0), out.stride(0), KIND=KINDS[kind], BLOCK=block,
         num_warps=num_warps, **overlap(gate.device),
     )  # fmt: skip
+
+
+def _reference(gate, up, out, kind):
+    """act(gate) rounded to out's dtype, times up."""
+    g = wide(gate)
+    out.copy_(activated(g, kind).to(out.dtype).to(g.dtype) * wide(up))
+
+
+@op(_launch, _reference, writes=("out",))
+def gated_activation(
+    gate: Tensor, up: Tensor, *, kind: str = "silu", out: Tensor | None = None, impl: str = "triton"
+) -> Tensor:
+    """act(gate) * up for gate, up [rows, n] (row strides free: halves of a merged projection); returns `out` [rows, n].
+
+    kind: "silu", "gelu" (erf) or "gelu_tanh". `out` may be `gate` or `up`.
+    """
+    checks.one_of("kind", kind, tuple(KINDS))
+    checks.dense("gate", gate, (None, None), checks.FLOATS)
+    if out is None:
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    checks.dense("up", up, gate.shape, (gate.dtype,), gate.device)
+    checks.dense("out", out, gate.shape, (gate.dtype,), gate.device)
+    return out

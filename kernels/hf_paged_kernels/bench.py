@@ -1,10 +1,10 @@
 """`python -m hf_paged_kernels.bench [--json FILE]`: each kernel against the limit measured in the same run.
 
 Times are medians of CUDA-graph replays; a graph holds several launches over different data, as a captured step holds
-its layers, so that neither launches nor the cache flatter or blur a kernel. Shares are of the larger of a device copy's
-and an elementwise kernel's bandwidth, bytes read plus written; decode attention counts keys and values alone. Beside
-attention stands torch's `scaled_dot_product_attention` on dense contiguous keys and values of the same lengths, beside
-linear layers cuBLAS with the norm and the activation as kernels of their own.
+its layers, so that neither launches nor the cache distort a kernel's time. Shares are of the larger of a device copy's
+and an elementwise kernel's bandwidth, bytes read plus written; decode attention counts keys and values alone. For
+comparison, attention is also timed by torch's `scaled_dot_product_attention` on dense contiguous keys and values of the
+same lengths, and linear layers by cuBLAS with separate kernels for norm and activation.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SETTLE = 0.1  # seconds
 def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -> float:
     """Median microseconds of one of `launches` launches that `run` makes, replayed from a captured graph.
 
-    It waits SETTLE first, for gigabytes that were freed a moment ago still take bandwidth.
+    It waits SETTLE first, since freeing gigabytes takes bandwidth for a few milliseconds more.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -46,7 +46,7 @@ def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -
     measured = []
     for i in range(repeats + 3):
         begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        torch.cuda._sleep(500_000)  # so that all is enqueued before the clock starts: the host may be slow
+        torch.cuda._sleep(500_000)  # all is enqueued before the clock starts, even by a slow host
         begin.record()
         graph.replay()
         end.record()
@@ -57,7 +57,7 @@ def replay_us(run: Callable[[], object], launches: int = 1, repeats: int = 20) -
 
 
 def times(launches: int, function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[[], None]:
-    """A call that launches `function` so many times."""
+    """A function that calls `function` `launches` times."""
 
     def run() -> None:
         for _ in range(launches):
@@ -67,12 +67,12 @@ def times(launches: int, function: Callable[..., object], *args: Any, **kwargs: 
 
 
 def rand(*shape: int) -> torch.Tensor:
-    """Normal numbers on the device."""
+    """Normally distributed numbers on the device."""
     return torch.randn(*shape, device="cuda", dtype=DTYPE)
 
 
 def limits() -> dict[str, float]:
-    """The machine's own: GB/s of 2-GiB copies, TFLOP/s of an 8192-cubed bf16 product."""
+    """The machine's limits: GB/s of 2-GiB copies, TFLOP/s of an 8192-cubed bf16 product."""
     x = torch.randn(2**29, device="cuda")
     y = torch.empty_like(x)
     moved = 2 * x.nbytes / 1e3
@@ -117,7 +117,7 @@ def result(kernel: str, case: str, us: float, *, moved: float = 0, flops: float 
 
 
 def sdpa_us(query, key, value, launches: int = 1, **options: Any) -> float:
-    """The faster of torch's flash and cuDNN backends, microseconds; infinity where neither takes the case."""
+    """Microseconds of the faster of torch's flash and cuDNN backends; infinity if neither supports the case."""
     best = float("inf")
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:
@@ -130,14 +130,14 @@ def sdpa_us(query, key, value, launches: int = 1, **options: Any) -> float:
 
 
 def step(layers: int, caches: list, query, table, lens, workspace, out) -> None:
-    """Decode attention of so many layers, over `caches` in turn."""
+    """Decode attention of `layers` layers, cycling through `caches`."""
     for i in range(layers):
         k, v, _ = caches[i % len(caches)]
         kernels.decode_attention(query, k, v, table, lens, workspace, scale=DIM**-0.5, out=out, planned=True)
 
 
 def decode(limit: dict) -> Iterator[dict]:
-    """Decode attention, planned once a step as in an engine; the plan's own time beside it."""
+    """Decode attention, planned once a step as in an engine; the plan's time separately."""
     for rows, length, layers in (
         (64, 1024, 8), (64, 4096, 4), (256, 1024, 4), (256, 4096, 2), (8, 2048, 8), (1, 16384, 8), (1, 1024, 8),
     ):  # fmt: skip
@@ -163,7 +163,7 @@ def decode(limit: dict) -> Iterator[dict]:
 
 
 def ragged(limit: dict) -> dict:
-    """One long row among many short ones: what the plan is for."""
+    """One long row among many short ones, which the plan balances."""
     lens = torch.tensor([16384] + [200 + 13 * i for i in range(63)], dtype=torch.int32, device="cuda")
     k, v, _ = pages(1, int(lens.sum()) + 64 * PAGE)
     table = torch.zeros(64, 16384 // PAGE, dtype=torch.int32, device="cuda")
@@ -205,7 +205,7 @@ def prefill(limit: dict) -> Iterator[dict]:
         us = replay_us(times(1, kernels.prefill_attention, query, k, v, starts, **options))
         yield result("prefill paged", case, us, flops=flops, limit=limit, sdpa_us=dense)
         options["window"] = 1024
-        if rows == 16:  # what the portable kernel does, which serves windows, soft-caps, sinks and ALiBi
+        if rows == 16:  # served by the portable kernel, as soft-caps, sinks and ALiBi are
             rest = max(0, length - 1024)
             seen = flops - 4 * HEADS * DIM * rows * rest * (rest + 1) / 2
             us = replay_us(times(1, kernels.prefill_attention, query, k, v, starts, **options))
@@ -268,7 +268,7 @@ LM_HEAD = (128256, 4096, True, False, False)
 
 
 def fused(x, weight, out, norm, gated: bool, residual: bool) -> None:
-    """One call: the product with what stands beside it."""
+    """One call: the product with its norm, activation and residual add."""
     gate = "silu" if gated else None
     kernels.linear(x, weight, norm_weight=norm, eps=1e-5, gate=gate, residual=out if residual else None, out=out)
 
@@ -280,7 +280,7 @@ def stream(tokens: int, n: int) -> torch.Tensor:
 
 
 def apart(x, weight, out, norm, gated: bool, residual: bool) -> None:
-    """The same by cuBLAS and the kernels that stand beside it in a decoder layer; the residual add is the norm's."""
+    """The same by cuBLAS and separate kernels, as in a decoder layer; the norm does the residual add."""
     if norm is not None:
         x = kernels.rms_norm(x, norm, eps=1e-5, residual=stream(*x.shape))
     y = F.linear(x, weight)
@@ -289,7 +289,7 @@ def apart(x, weight, out, norm, gated: bool, residual: bool) -> None:
 
 
 def linear(limit: dict, sets: int = 8, layers: int = 32) -> Iterator[dict]:
-    """Linear layers, one by one, and all of a decode step in their order, whose bytes are those of the weights."""
+    """Linear layers, one by one, and all of a decode step in order; the bytes counted are the weights'."""
     norm = rand(4096)
     weights = {name: [rand(n, k) * k**-0.5 for _ in range(sets)] for name, (n, k, *_) in LAYER.items()}
     head = rand(*LM_HEAD[:2]) * 4096**-0.5

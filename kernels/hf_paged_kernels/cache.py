@@ -1,4 +1,4 @@
-"""Writing to the paged cache, with rotary embedding on the way, and copying blocks for copy-on-write.
+"""Writing keys and values to the paged cache, with rotary embedding.
 
 Rotary embedding after Su et al., 2021: pair (a, b) of a head turns to (a cos - b sin, b cos + a sin). In the half
 layout element i pairs with i + rotary / 2 (Llama), in the interleaved one 2 i pairs with 2 i + 1 (GPT-J, GLM).
@@ -7,13 +7,16 @@ layout element i pairs with i + rotary / 2 (Llama), in the interleaved one 2 i p
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import await_previous, overlap
+from . import checks
+from .common import await_previous, overlap, wide
+from .op import op
 
 
 @triton.jit
 def _quantize(x, inverse, FP8: tl.constexpr):
-    """Scales into e4m3's range, whose largest number is 448; other caches take x as it is."""
+    """Scales x for an fp8 cache and clamps it to e4m3's range, +-448; other caches take x as it is."""
     if FP8:
         x = tl.minimum(tl.maximum(x.to(tl.float32) * inverse, -448.0), 448.0)
     return x
@@ -25,7 +28,7 @@ def _rotate_heads(
     DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
     INTERLEAVED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Rotates heads `h` (where `ok`) of one token from `src` to `dst`, and copies what partial rotary leaves."""
+    """Rotates heads `h` (where `ok`) of one token from `src` to `dst`; elements from ROTARY on are copied."""
     HALF: tl.constexpr = ROTARY // 2
     i = tl.arange(0, BLOCK_R)
     c = tl.load(cos_ptr + i * stride_c, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
@@ -74,7 +77,7 @@ def _write_kernel(
     Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
     K_OUT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_H heads of one token: of q (rotated to q_out), else of k (rotated to the cache) and v (to the cache)."""
+    """BLOCK_H heads of one token: of q (rotated to q_out), of k (rotated to the cache) or of v (to the cache)."""
     await_previous(PDL)
     block = tl.program_id(0) % BLOCKS
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -132,22 +135,9 @@ def _write_kernel(
                 )
 
 
-def write(
-    query: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    query_out: torch.Tensor | None,
-    key_out: torch.Tensor | None,
-    interleaved: bool,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    """Writes k and v of every token with a slot to the caches; with cos and sin rotates q and k first."""
+def _launch(
+    query, key, value, k_cache, v_cache, slot_mapping, cos, sin, query_out, key_out, interleaved, k_scale, v_scale
+):
     tokens, kv_heads, dim = key.shape
     if not tokens:
         return
@@ -171,32 +161,122 @@ def write(
         PAGE=k_cache.shape[1], DIM=dim, BLOCK_D=triton.next_power_of_2(dim), V_DIM=v_dim,
         BLOCK_V=triton.next_power_of_2(v_dim), ROTARY=rotary, BLOCK_R=triton.next_power_of_2(max(rotary // 2, 1)),
         BLOCK_T=triton.next_power_of_2(max(dim - rotary, 1)), INTERLEAVED=interleaved, Q_BLOCKS=q_blocks,
-        K_BLOCKS=k_blocks,
-        BLOCKS=q_blocks + 2 * k_blocks, BLOCK_H=block_h, K_OUT=key_out is not None and rotary > 0, FP8=fp8, num_warps=4,
-        **overlap(key.device),
+        K_BLOCKS=k_blocks, BLOCKS=q_blocks + 2 * k_blocks, BLOCK_H=block_h,
+        K_OUT=key_out is not None and rotary > 0, FP8=fp8, num_warps=4, **overlap(key.device),
     )  # fmt: skip
 
 
-@triton.jit
-def _copy_kernel(bases_ptr, pairs_ptr, block_words, block_stride, BLOCK: tl.constexpr):
-    """One piece of one (source, destination) pair in one tensor, moved as 8-byte words."""
-    source = tl.load(pairs_ptr + tl.program_id(0) * 2)
-    target = tl.load(pairs_ptr + tl.program_id(0) * 2 + 1)
-    if source < 0 or target < 0:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of x [tokens, heads, dim] by cos, sin [tokens, rotary / 2], in float32, rounded once."""
+    half = cos.shape[1]
+    y = wide(x).clone()
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    a, b = wide(x)[..., first], wide(x)[..., second]
+    c, s = cos.to(y.dtype)[:, None], sin.to(y.dtype)[:, None]
+    y[..., first] = a * c - b * s
+    y[..., second] = b * c + a * s
+    return y
+
+
+def _store(x: Tensor, cache: Tensor, slots: Tensor, scale: Tensor | None) -> None:
+    if scale is not None:
+        x = (x.float() / scale.float().view(-1, 1)).clamp(-448, 448)
+    keep = slots >= 0
+    page = cache.shape[1]
+    where = (slots[keep] // page, slots[keep] % page)
+    if cache.element_size() == 1:
+        cache.view(torch.uint8)[where] = x[keep].to(cache.dtype).view(torch.uint8)
+    else:
+        cache[where] = x[keep].to(cache.dtype)
+
+
+def _reference(
+    query, key, value, k_cache, v_cache, slot_mapping, cos, sin, query_out, key_out, interleaved, k_scale, v_scale
+):
+    """Rotates query and key where cos and sin are given, and stores key and value at their slots."""
+    rotated = key
+    if cos is not None:
+        rotated = rotate(key, cos, sin, interleaved)
+        if query is not None:
+            query_out.copy_(rotate(query, cos, sin, interleaved))
+    _store(rotated, k_cache, slot_mapping, k_scale)
+    _store(value, v_cache, slot_mapping, v_scale)
+    if key_out is not None and cos is not None:
+        key_out.copy_(rotated)
+
+
+@op(_launch, _reference, writes=("query_out", "key_out", "k_cache", "v_cache"))
+def write_cache(
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    query: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    query_out: Tensor | None = None,
+    key_out: Tensor | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    impl: str = "triton",
+    debug: bool = False,
+) -> Tensor | None:
+    """Stores key [tokens, kv heads, dim] and value at slot_mapping int64 [tokens], block * page + offset.
+
+    A negative slot stores nothing. With cos and sin [tokens, rotary / 2] (any float dtype, any strides), the first
+    `rotary` elements of each head of query and key are rotated, in the half layout or the `interleaved` one; the query
+    goes to `query_out` (default: in place), which is returned, the key also to `key_out` where given (it may be `key`).
+    Elements past `rotary` are copied. fp8 caches take key / k_scale, clamped to e4m3's range. `value` and the caches
+    must not overlap.
+    """
+    checks.dense("key", key, (None,) * 3, checks.FLOATS)
+    device = key.device
+    checks.caches(k_cache, v_cache, device)
+    checks.dense("key", key, (None, *k_cache.shape[2:]), checks.FLOATS)
+    checks.dense("value", value, (key.shape[0], *v_cache.shape[2:]), (key.dtype,), device)
+    checks.vector("slot_mapping", slot_mapping, key.shape[0], (torch.int64,), device)
+    checks.scales(k_cache, k_scale, v_scale)
+    if k_cache.dtype not in (key.dtype, checks.FP8):
+        raise TypeError(f"key has dtype {key.dtype}; it must be the cache's, {k_cache.dtype}, or that float8_e4m3fn")
+    query_out = query if query_out is None else query_out
+    _check_rotary(key, query, cos, sin, query_out, key_out)
+    if debug:
+        _check_slots(slot_mapping, k_cache)
+    return query_out
+
+
+def _check_rotary(key, query, cos, sin, query_out, key_out) -> None:
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin belong together: give both or neither")
+    if cos is None:
+        if query is not None or key_out is not None:
+            raise ValueError("query and key_out are for rotary embedding; without cos and sin they must be None")
         return
-    base = tl.load(bases_ptr + tl.program_id(2)).to(tl.pointer_type(tl.int64))
-    base = tl.multiple_of(base, 16)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < block_words
-    word = tl.load(base + source * block_stride + at, mask=ok)
-    tl.store(base + target * block_stride + at, word, mask=ok)
-
-
-def copy_blocks(bases: torch.Tensor, pairs: torch.Tensor, block_bytes: int, stride_bytes: int) -> None:
-    """Copies blocks in all tensors whose addresses are `bases`: pairs [n, 2] of (source, destination) block ids."""
-    words = block_bytes // 8
-    block = min(4096, triton.next_power_of_2(words))
-    if pairs.shape[0]:
-        _copy_kernel[(pairs.shape[0], triton.cdiv(words, block), bases.shape[0])](
-            bases, pairs, words, stride_bytes // 8, BLOCK=block, num_warps=8
+    tokens, _, dim = key.shape
+    for name, x in (("cos", cos), ("sin", sin)):
+        checks.tensor(name, x, (tokens, None), (*checks.FLOATS, torch.float64), key.device)
+    if not 1 <= cos.shape[1] <= dim // 2 or sin.shape != cos.shape or sin.stride() != cos.stride():
+        raise ValueError(
+            f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; they must be alike (strides too), "
+            f"[{tokens}, rotary / 2] with rotary / 2 at most {dim // 2}"
         )
+    if query is not None:
+        checks.dense("query", query, (tokens, None, dim), (key.dtype,), key.device)
+        checks.dense("query_out", query_out, query.shape, (key.dtype,), key.device)
+    if key_out is not None:
+        checks.dense("key_out", key_out, key.shape, (key.dtype,), key.device)
+
+
+def _check_slots(slot_mapping: Tensor, k_cache: Tensor) -> None:
+    """Debug only, since it waits for the device: slots are negative, or exist and differ."""
+    slots = slot_mapping[slot_mapping >= 0]
+    limit = k_cache.shape[0] * k_cache.shape[1]
+    if slots.numel() and int(slots.max()) >= limit:
+        raise ValueError(f"slot_mapping holds {int(slots.max())}; allowed are negative numbers and 0 to {limit - 1}")
+    if slots.unique().numel() != slots.numel():
+        raise ValueError("slot_mapping holds a slot twice; each token needs its own")

@@ -1,4 +1,4 @@
-"""What several kernels share."""
+"""What several kernels and references share."""
 
 import os
 from functools import cache
@@ -8,8 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the bit patterns of bfloat16: under it, operands are widened after they were rounded.
+# Triton's interpreter multiplies the bit patterns of bfloat16: there, operands are converted to float32 first.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` as a reference computes with it: float64 as it is, anything else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @triton.jit
@@ -23,9 +28,9 @@ def dot(a, b, acc=None):
 
 @cache
 def overlap(device: torch.device) -> dict[str, Any]:
-    """Launch options of a kernel that may start before the one before it has ended; see `await_previous`.
+    """Launch options of a kernel that may start before the previous kernel has ended; see `await_previous`.
 
-    Programmatic dependent launch is Hopper's and later GPUs'; elsewhere the kernels start one after another.
+    This is programmatic dependent launch, which Hopper and later GPUs have; on others the kernels run one by one.
     """
     able = not WIDEN.value and device.type == "cuda" and torch.version.cuda is not None
     if able and torch.cuda.get_device_capability(device) >= (9, 0):
@@ -35,11 +40,11 @@ def overlap(device: torch.device) -> dict[str, Any]:
 
 @triton.jit
 def await_previous(PDL: tl.constexpr):
-    """Lets the next kernel's programs come in, then waits for the previous kernel's end.
+    """Lets the next kernel's programs start, then waits until the previous kernel has ended.
 
-    Every program of a kernel launched with `overlap` calls this before it touches what other kernels write or read:
-    since each kernel of a chain waits so, the end of the one before means the end of all before. Only parameters of the
-    model, which no kernel here writes, may be read before it.
+    Every program of a kernel launched with `overlap` calls this before it reads or writes memory that other kernels
+    use. Since each kernel of a chain waits like this, the end of the previous one means that all earlier ones have
+    ended. Only parameters of the model, which no kernel here writes, may be read before the wait.
     """
     if PDL:
         admit_next(PDL)
@@ -48,6 +53,6 @@ def await_previous(PDL: tl.constexpr):
 
 @triton.jit
 def admit_next(PDL: tl.constexpr):
-    """Lets the next kernel's programs come in; they take room on the GPU."""
+    """Lets the next kernel's programs start; they occupy multiprocessors beside this kernel's."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

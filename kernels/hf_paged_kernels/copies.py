@@ -27,7 +27,7 @@ def pieces(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def whole(buffer, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """The same memory as COUNT tiles [ROWS, COLUMNS]: a swizzled tile is its 64-column chunks, one behind the other."""
+    """The same memory as COUNT tiles [ROWS, COLUMNS]: a swizzled tile is its 64-column chunks, one after the other."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     if PRIVATE_REINTERPRET:
         tiles = buffer._reinterpret(buffer.dtype, [COUNT, ROWS, COLUMNS], SHARED)
@@ -38,7 +38,7 @@ def whole(buffer, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 
 @gluon.jit
 def barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """(full, empty) of each stage: full once its copies have arrived, empty once READERS have read it."""
+    """(full, empty) barriers of each stage: full when its copies have arrived, empty when READERS have read it."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -54,7 +54,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def copyable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine takes rows of these [rows, columns]: on Hopper, of a 2-byte dtype, 16-byte aligned."""
+    """Whether the copy engine takes rows of these [rows, columns]: on Hopper, a 2-byte dtype, 16-byte aligned."""
     return all(
         runs_on(x.device)
         and x.dtype in DTYPES
@@ -66,6 +66,6 @@ def copyable(*tensors: torch.Tensor) -> bool:
 
 
 def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Copies `rows` rows of x by one column chunk; beyond its edges come zeros."""
+    """A descriptor that copies `rows` rows of x by one column chunk, and zeros beyond its edges."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, CHUNK], layout)

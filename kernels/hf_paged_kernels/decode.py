@@ -4,29 +4,34 @@ The method is flash-decoding (Dao et al., 2023): every program reads one stretch
 head, keeps a running maximum and sum (online softmax, Milakov & Gimelshein, 2018), and partial results are merged by
 their log-sum-exp. Two things differ from the usual form, both for captured graphs:
 
-- the stretches are chosen on the device by `plan`, once a step, so that any mix of lengths fills the GPU evenly
+- the stretches are chosen on the device by `plan_decode`, once a step, so that any mix of lengths fills the GPU evenly
   although the grid was fixed at capture;
-- the merge needs no second launch: programs of one (row, head) count themselves in, and the last one merges.
+- the merge needs no second launch: programs of one (row, head) count themselves, and the last one merges.
 """
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import attention, checks
 from .common import admit_next, await_previous, dot, overlap
-from .heuristics import DecodeConfig, DecodePlanShape
+from .heuristics import DecodePlanShape, decode_config, decode_plan_shape
+from .op import op
 
 PLAN_FIELDS = 8  # row, start, stop, first work item of the row, work items of the row, sequence length, 2 spare
 _ALIGN = 256  # bytes; keeps every region of the workspace vector-loadable
 
 
-# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+# Sizes that change from step to step are not specialized: Triton compiles no variant for 1 or for multiples of 16.
 @triton.jit(do_not_specialize=["rows", "window", "target", "min_chunk", "capacity"])
 def _plan_kernel(
     seq_lens_ptr, plan_ptr, rows, window, target, min_chunk, capacity,
     BLOCK_ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_WORK: tl.constexpr,
 ):  # fmt: skip
-    """Program r cuts row r's visible keys into near-equal work items; see `plan`."""
+    """Program r cuts row r's visible keys into near-equal work items; see `_plan`."""
     r = tl.program_id(0)
     i = tl.arange(0, BLOCK_ROWS)
     length = tl.load(seq_lens_ptr + i, mask=i < rows, other=0)
@@ -55,7 +60,7 @@ def _plan_kernel(
         tl.store(entry + 4, tl.zeros_like(j) + mine, mask=ok)
         tl.store(entry + 5, tl.zeros_like(j) + my_len, mask=ok)
     if r == rows - 1:
-        # What is left of the fixed grid has nothing to do.
+        # The rest of the fixed grid has no work.
         for s in range(first + mine, capacity, BLOCK_WORK):
             j = s + tl.arange(0, BLOCK_WORK)
             tl.store(plan_ptr + j * 8, tl.full([BLOCK_WORK], -1, tl.int32), mask=j < capacity)
@@ -66,9 +71,9 @@ def _merge(
     out_ptr, lse_ptr, partial_ptr, first, items, head, HQ, stride_oh,
     GROUP: tl.constexpr, BLOCK_MG: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Weighs the partial outputs of one (row, KV head) by their log-sum-exp and writes the result.
+    """Adds the partial outputs of one (row, KV head), weighted by their log-sum-exp, and writes the result.
 
-    `.cg` loads go past L1, which may hold lines from before the other programs wrote.
+    `.cg` loads bypass L1, which may hold lines from before the other programs wrote.
     """
     g = tl.arange(0, BLOCK_MG)
     dv = tl.arange(0, BLOCK_V)
@@ -76,7 +81,7 @@ def _merge(
     top = tl.full([BLOCK_MG], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_MG], tl.float32)
     acc = tl.zeros([BLOCK_MG, BLOCK_V], tl.float32)
-    # 64-bit arithmetic for the row's base alone: offsets of a whole tile of partial outputs would take the registers.
+    # Only the row's base is 64-bit: 64-bit offsets of a whole tile of partial outputs would take too many registers.
     base = first * HQ + head * GROUP
     lse_row = lse_ptr + base
     partial_row = partial_ptr + base.to(tl.int64) * V_DIM
@@ -84,7 +89,7 @@ def _merge(
         j = s + tl.arange(0, BLOCK_S)
         ok = (j < items)[:, None] & real[None, :]
         at = j[:, None] * HQ + g[None, :]
-        # Both loads before the first use of either: the wait for them is most of the merge.
+        # Both loads are issued before either result is used: most of the merge is the wait for them.
         lse = tl.load(lse_row + at, mask=ok, other=-1.0e30, cache_modifier=".cg")
         part = tl.load(
             partial_row + at[:, :, None] * V_DIM + dv[None, None, :],
@@ -143,7 +148,7 @@ def _decode_kernel(
     m = tl.full([BLOCK_G], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)
     if SINKS:  # noqa: SIM102  a constexpr prunes only as an `if` of its own
-        # A sink is one more logit without a value; the row's first work item carries it.
+        # A sink is one more logit without a value; the row's first work item includes it.
         if tl.program_id(1) == first:
             m = tl.load(sinks_ptr + q_head, mask=real, other=0.0).to(tl.float32) * LOG2E
             l = tl.full([BLOCK_G], 1.0, tl.float32)
@@ -193,49 +198,61 @@ def _decode_kernel(
         at = tl.program_id(1) * HQ + q_head
         tl.store(partial_ptr + at.to(tl.int64)[:, None] * V_DIM + dv[None, :], acc, mask=stored)
         tl.store(lse_ptr + at, m + tl.log2(safe), mask=real)
-        # Every thread's stores come before the count, and the count is released and acquired at GPU scope.
+        # All threads' stores precede the count, which has release and acquire semantics at GPU scope.
         tl.debug_barrier()
         counter = counter_ptr + row * HK + head
         seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if seen == items - 1:
-            tl.store(counter, 0)  # left as it was found, for the next launch
+            tl.store(counter, 0)  # zero again for the next launch
             _merge(
                 out_row, lse_ptr, partial_ptr, first, items, head, HQ, stride_oh,
                 GROUP, BLOCK_MG, V_DIM, BLOCK_V, BLOCK_S,
             )  # fmt: skip
 
 
-def _regions(rows: int, heads: int, v_dim: int, shape: DecodePlanShape) -> list[tuple[int, torch.dtype]]:
-    """The workspace's parts in order, each (elements, dtype): plan, counters, log-sum-exps, partial outputs."""
+def _shape(rows: int, k_cache: Tensor, v_cache: Tensor) -> DecodePlanShape:
+    _, _, kv_heads, dim = k_cache.shape
+    return decode_plan_shape(rows, kv_heads, dim, v_cache.shape[3], k_cache.element_size(), k_cache.device)
+
+
+@cache
+def _regions(rows: int, heads: int, v_dim: int, shape: DecodePlanShape) -> tuple[tuple[tuple, ...], int]:
+    """The workspace's parts, each (bytes, dtype): plan, counters, log-sum-exps, partial outputs; and its size."""
     items = rows + shape.target
-    return [
-        (items * PLAN_FIELDS, torch.int32),
-        (rows * shape.kv_heads, torch.int32),
-        (items * heads, torch.float32),
-        (items * heads * v_dim, torch.float32),
-    ]
-
-
-def workspace_bytes(rows: int, heads: int, v_dim: int, shape: DecodePlanShape) -> int:
-    """Bytes of workspace that `decode` needs for `rows` rows; the caller zeroes it once, when it allocates it."""
-    return sum(triton.cdiv(count * 4, _ALIGN) * _ALIGN for count, _ in _regions(rows, heads, v_dim, shape))
-
-
-def _views(workspace: torch.Tensor, rows: int, heads: int, v_dim: int, shape: DecodePlanShape) -> list[torch.Tensor]:
-    views, offset = [], 0
-    for count, dtype in _regions(rows, heads, v_dim, shape):
-        views.append(workspace[offset : offset + count * 4].view(dtype))
+    counts = (items * PLAN_FIELDS, rows * shape.kv_heads, items * heads, items * heads * v_dim)
+    regions, offset = [], 0
+    for count, dtype in zip(counts, (torch.int32, torch.int32, torch.float32, torch.float32), strict=True):
+        regions.append((slice(offset, offset + count * 4), dtype))
         offset += triton.cdiv(count * 4, _ALIGN) * _ALIGN
-    return views
+    return tuple(regions), offset
 
 
-def plan(seq_lens: torch.Tensor, workspace: torch.Tensor, window: int, shape: DecodePlanShape) -> None:
-    """Writes the work list of one step into `workspace`: each row's visible keys in near-equal stretches.
+def decode_workspace_bytes(rows: int, num_heads: int, k_cache: Tensor, v_cache: Tensor) -> int:
+    """Bytes of the uint8 workspace that a decode step of `rows` rows needs.
 
-    A stretch is `max(min_chunk, total / target)` keys, rounded up to whole tiles, so that their number never passes
+    Allocate it with `torch.zeros`, once for each shape of step and each window that are in use at the same time; every
+    launch leaves it ready for the next. It must not serve two streams at once.
+    """
+    return _regions(rows, num_heads, v_cache.shape[3], _shape(rows, k_cache, v_cache))[1]
+
+
+def _check_workspace(workspace: Tensor, rows: int, num_heads: int, k_cache: Tensor, v_cache: Tensor) -> None:
+    checks.tensor("workspace", workspace, (None,), (torch.uint8,), k_cache.device)
+    need = decode_workspace_bytes(rows, num_heads, k_cache, v_cache)
+    if workspace.numel() < need or not workspace.is_contiguous() or workspace.data_ptr() % 16:
+        raise ValueError(
+            f"workspace has {workspace.numel()} bytes; it must have {need}, contiguous and 16-byte aligned"
+        )
+
+
+def _plan(seq_lens, workspace, k_cache, v_cache, window):
+    """Cuts each row's visible keys into near-equal stretches.
+
+    A stretch is `max(min_chunk, total / target)` keys, rounded up to whole tiles, so that their number never exceeds
     `rows + target`, whatever the lengths. A row of length 0 gets one empty stretch, whose program writes the zeros.
     """
     rows = seq_lens.shape[0]
+    shape = _shape(rows, k_cache, v_cache)
     capacity = rows + shape.target
     _plan_kernel[(rows,)](
         seq_lens, workspace[: capacity * PLAN_FIELDS * 4].view(torch.int32), rows, window, shape.target,
@@ -244,35 +261,42 @@ def plan(seq_lens: torch.Tensor, workspace: torch.Tensor, window: int, shape: De
     )  # fmt: skip
 
 
-def decode(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-    scale: float,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    shape: DecodePlanShape,
-    config: DecodeConfig,
-) -> None:
-    """Runs a planned step for one layer; writes `out`, and uses `workspace` up to its counters' being zero again."""
+@op(_plan, writes=("workspace",))
+def plan_decode(seq_lens: Tensor, workspace: Tensor, k_cache: Tensor, v_cache: Tensor, *, window: int = 0) -> Tensor:
+    """Cuts one decode step into work items, in `workspace`, which is returned; on the device, once a step and window.
+
+    seq_lens int32 [rows]: KV length of each row, this step's token included; 0 marks a padded row. `window` is that of
+    the layers that will run with this plan: 0 for none. The step's layers then pass `planned=True`.
+    """
+    checks.caches(k_cache, v_cache, k_cache.device)
+    checks.vector("seq_lens", seq_lens, None, (torch.int32,), k_cache.device)
+    _check_workspace(workspace, seq_lens.shape[0], k_cache.shape[2], k_cache, v_cache)
+    return workspace
+
+
+def _launch(
+    query, k_cache, v_cache, block_tables, seq_lens, workspace, scale, out, window, softcap, sinks, alibi_slopes,
+    k_scale, v_scale, planned,
+):  # fmt: skip
     rows, heads, dim = query.shape
+    if not rows:
+        return
+    if not planned:
+        _plan(seq_lens, workspace, k_cache, v_cache, window)
     page, kv_heads, v_dim = v_cache.shape[1:]
+    shape = _shape(rows, k_cache, v_cache)
+    config = decode_config(rows, kv_heads, dim, v_dim, query.element_size(), query.device)
     group = heads // kv_heads
     merge_group = triton.next_power_of_2(group)
     block_v = triton.next_power_of_2(max(v_dim, 16))
-    plan_view, counters, lse, partial = _views(workspace, rows, heads, v_dim, shape)
+    regions, _ = _regions(rows, heads, v_dim, shape)
+    plan, counters, lse, partial = (workspace[where].view(dtype) for where, dtype in regions)
     scaled = k_scale is not None
     options = overlap(query.device)
     if options["PDL"] and not config.early:
         options = {**options, "launch_pdl": False}
     _decode_kernel[(kv_heads, rows + shape.target)](
-        query, k_cache, v_cache, out, block_tables, plan_view, counters, lse, partial,
+        query, k_cache, v_cache, out, block_tables, plan, counters, lse, partial,
         sinks, alibi_slopes, k_scale, v_scale, scale, softcap, heads, kv_heads,
         query.stride(0), query.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), out.stride(0), out.stride(1), block_tables.stride(0),
@@ -283,3 +307,53 @@ def decode(
         SOFTCAP=softcap > 0, SINKS=sinks is not None, ALIBI=alibi_slopes is not None, SCALED=scaled, EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, **options,
     )  # fmt: skip
+
+
+def _reference(
+    query, k_cache, v_cache, block_tables, seq_lens, scale, out, window, softcap, sinks, alibi_slopes, k_scale, v_scale
+):
+    starts = torch.arange(query.shape[0] + 1)
+    attention.reference(
+        query, k_cache, v_cache, out, starts, seq_lens, block_tables, scale, window, softcap, sinks, alibi_slopes,
+        k_scale, v_scale,
+    )  # fmt: skip
+
+
+@op(_launch, _reference, writes=("out", "workspace"))
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    workspace: Tensor | None = None,
+    *,
+    scale: float,
+    out: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    planned: bool = False,
+    impl: str = "triton",
+    debug: bool = False,
+) -> Tensor:
+    """Attention of one query token a row over its paged keys; returns `out` [rows, heads, value dim].
+
+    query [rows, heads, dim]; k_cache [blocks, page, kv heads, dim] and v_cache [blocks, page, kv heads, value dim], of
+    the query's dtype or float8_e4m3fn with `k_scale` and `v_scale` (float32, one or one a KV head: cached * scale is
+    the true value); block_tables int32 [rows, max blocks]; seq_lens int32 [rows]. Row r's query is at position
+    seq_lens[r] - 1 and sees the last `window` keys (0: all). `sinks` and `alibi_slopes` are per query head; see
+    `attention.attend` for the formula. Rows of length 0 give zeros. `workspace` as `decode_workspace_bytes` says;
+    `planned`: `plan_decode` has run for these lengths and this window.
+    """
+    checks.caches(k_cache, v_cache, query.device)
+    out = attention.check(query, k_cache, v_cache, out, scale, window, softcap, sinks, alibi_slopes, k_scale, v_scale)
+    attention.check_tables(block_tables, seq_lens, query.shape[0], query.device)
+    if debug:
+        attention.check_table_values(block_tables, seq_lens, k_cache)
+    if impl == "triton" and query.shape[0]:
+        _check_workspace(workspace, query.shape[0], query.shape[1], k_cache, v_cache)
+    return out

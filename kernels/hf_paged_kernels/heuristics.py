@@ -1,7 +1,7 @@
-"""Launch parameters by shape and GPU: a small table of what measured best; nothing is tuned when a program runs.
+"""Launch parameters by shape and GPU: a small table of the fastest measured; nothing is tuned when a program runs.
 
-Figures were taken on an H100 (see `hf_paged/bench/results/kernels-h100.json`); other GPUs get the same entries, cut to
-what their shared memory holds. A measurement that contradicts an entry is the reason to change it, nothing else is.
+Figures were taken on an H100 (see `hf_paged/bench/results/kernels-h100.json`); other GPUs get the same entries, reduced
+to fit their shared memory. Change an entry only because of a measurement.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How one decode program runs; `merge` partial results of 512 elements are loaded at once when it merges.
+    """How one decode program runs; a merge loads `merge` partial results of 512 elements at once.
 
-    `early`: it comes in before the kernel before it has ended, and lets the next one in at once. Else it comes in after
-    that, and lets the next one in when it has read its keys.
+    `early`: it starts before the previous kernel has ended, and lets the next one start at once. Otherwise it starts
+    after that end, and lets the next one start when it has read its keys.
     """
 
     num_warps: int
@@ -27,7 +27,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class DecodePlanShape:
-    """How a step is cut: `target` extra work items beyond one a row, none shorter than `min_chunk` keys, in tiles."""
+    """How a step is cut: up to `target` work items besides one a row, of at least `min_chunk` keys, in whole tiles."""
 
     target: int
     min_chunk: int
@@ -50,7 +50,7 @@ class LinearConfig:
     """How a Hopper linear layer streams its weights: tiles of `block_n` rows by `block_k`, for `block_t` tokens.
 
     `stages` tiles of weights and `x_stages` of tokens are in flight; `split` programs share a tile's K; `early`: the
-    next kernel may come in at once, not only when this one has asked for its last weights.
+    next kernel may start at once, not only when this one has requested its last weights.
     """
 
     block_t: int
@@ -65,7 +65,7 @@ class LinearConfig:
 
 @cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; 4 where there is none (the interpreter), to keep grids small."""
+    """Streaming multiprocessors of `device`; 4 if it is no GPU (the interpreter), to keep grids small."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -74,7 +74,7 @@ def _padded(dim: int) -> int:
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; a small GPU's where there is none (the interpreter)."""
+    """Bytes of shared memory that one program may take; a small GPU's if `device` is none (the interpreter)."""
     if device.type != "cuda":
         return 96 * 1024
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the attribute
@@ -84,10 +84,10 @@ def _shared_memory(device: torch.device) -> int:
 def _decode_row(rows: int, kv_heads: int, device: torch.device) -> tuple[int, int, int, int, int]:
     """(tile, warps, stages, merge, programs to aim for) by how far one program a row and head fills the GPU.
 
-    A tile's copies wait for its block ids: five stages keep two tiles in flight, three one. Measured with 2-byte
-    elements, heads of 128: with rows enough for two programs on each multiprocessor, small programs share it; with
-    about one, a program of eight warps has it to itself; long rows cut in pieces want many small programs. A large
-    merge takes registers from all programs, so that fewer fit: only one or two long rows, in many pieces, need one.
+    A tile's copies wait for its block ids: five stages keep two tiles in flight, three stages one. Fastest, measured
+    with 2-byte elements and heads of 128: if rows suffice for two programs on each multiprocessor, small programs that
+    share it; for about one, programs of eight warps; for long rows cut in pieces, many small programs. A large merge
+    takes registers from all programs, so that fewer fit: only one or two long rows, in many pieces, need one.
     """
     sms = sm_count(device)
     if rows * kv_heads >= 2 * sms:
@@ -118,7 +118,7 @@ def decode_config(
     if q_itemsize == 4:
         return DecodeConfig(num_warps=4, num_stages=1 if wide > 128 else 2)
     _, warps, stages, merge, _ = _decode_row(rows, kv_heads, device)
-    # Programs of a few rows that come in early share the multiprocessors with those of the kernel before.
+    # Programs of a few rows that start early would share multiprocessors with those of the previous kernel.
     early = rows <= 2 or rows * kv_heads >= 0.95 * sm_count(device)
     return DecodeConfig(warps, min(stages, 3) if wide > 128 else stages, merge, early)
 
@@ -145,7 +145,7 @@ def prefill_config(head_dim: int, v_dim: int, q_itemsize: int, source: int, devi
 
 @cache
 def invariant_prefill_config(head_dim: int, v_dim: int, q_itemsize: int, device: torch.device) -> PrefillConfig:
-    """The one tile of batch-invariant attention: small, for every decode row takes a program of its own for a head."""
+    """The one tile of batch-invariant attention: small, since every decode row takes a whole program for each head."""
     wide = max(_padded(head_dim), _padded(v_dim))
     if q_itemsize == 4 or wide > 128:
         return PrefillConfig(block_m=64 if q_itemsize == 2 else 32, block_n=32, num_warps=4, num_stages=1)
@@ -155,9 +155,9 @@ def invariant_prefill_config(head_dim: int, v_dim: int, q_itemsize: int, device:
 
 @cache
 def norm_config(n: int, rows: int | None) -> tuple[int, int]:
-    """(rows, warps) of a norm program over rows of n elements: 32 elements a thread where there are enough rows.
+    """(rows, warps) of a norm program over rows of n elements: 32 elements a thread if there are enough rows.
 
-    Without `rows` whatever their number: how a row's sum is split among threads changes its last bit.
+    With rows=None, the same for any number of rows: how a row's sum is split among threads changes its last bit.
     """
     width = 1 << (n - 1).bit_length()
     block_m = max(1, min(8192 // width, 16))
@@ -174,20 +174,20 @@ def activation_config(n: int, rows: int) -> tuple[int, int]:
 
 @cache
 def sampling_config(rows: int, vocab: int) -> tuple[int, int]:
-    """(vocabulary a program takes, elements it takes at a time): many rows fill the GPU with larger pieces."""
+    """(tokens of the vocabulary a program, elements at a time): many rows fill the GPU with larger pieces."""
     block = min(1024, 1 << (vocab - 1).bit_length())
     return max(block, 4096 if rows < 32 else 16384), block
 
 
 @cache
 def hopper_config(head_dim: int) -> tuple[int, int]:
-    """(keys a tile, tiles in flight) of the warp-specialised kernel: what its 227 KiB hold beside the queries."""
+    """(keys a tile, tiles in flight) of the warp-specialised kernel: as many as fit in 227 KiB beside the queries."""
     return (128, 2) if head_dim == 128 else (128, 3)
 
 
 # (rows, K, stages, token stages, early) by tokens rounded up, as measured in whole decode steps of Llama-3.1-8B.
-# Deep pipelines that have a multiprocessor to themselves beat two programs on it: with those of
-# the gate and up projection alone, a step took 3 to 27 % longer.
+# One program with a deep pipeline on each multiprocessor beats two: with two for the gate and up projection alone, a
+# step took 3 to 27 % longer.
 _LINEAR = {
     8: (64, 128, 12, 12, True),
     16: (64, 256, 5, 5, True),
@@ -201,30 +201,30 @@ _LINEAR_GATED = {**_LINEAR, 16: (64, 256, 5, 5, False), 64: (128, 64, 8, 6, True
 def linear_config(
     tokens: int, n: int, k: int, gated: bool, device: torch.device, *, splits: bool = True
 ) -> LinearConfig:
-    """Launch parameters of a Hopper linear layer with `n` outputs a token (of a gated one: after the gate).
+    """Launch parameters of a Hopper linear layer of 1 to 64 tokens, with `n` outputs each (if gated, after the gate).
 
     Without `splits` no two programs share a K, so that its products are added up in one order.
     """
-    block_t = max(8, min(64, 1 << max(tokens - 1, 0).bit_length()))
+    block_t = max(8, 1 << (tokens - 1).bit_length())
     block_n, block_k, stages, x_stages, early = (_LINEAR_GATED if gated else _LINEAR)[block_t]
-    tiles = -(-n // (block_n // 2 if gated else block_n)) * -(-tokens // block_t)
+    tiles = -(-n // (block_n // 2 if gated else block_n))
     sms = sm_count(device)
-    # Half the multiprocessors can stream all that the memory gives, but not for long: a large K is shared by two.
+    # Half the multiprocessors can use the whole memory bandwidth, but not for long: a large K is shared by two.
     split = 2 if splits and not gated and 2 * tiles <= sms and k >= 8192 and block_t in (8, 64) else 1
-    # Not fewer programs, though as few might take as long (gate and up: 112 for 448 tiles): at 8 and
-    # 32 tokens that cost 1 to 3 % of a step.
+    # Fewer programs could need as many rounds (gate and up: 112 for 448 tiles), but took 1 to 3 % more of a step at 8
+    # and 32 tokens.
     programs = min(tiles * split, sms)
     return LinearConfig(block_t, block_n, block_k, stages, x_stages, split, programs, early)
 
 
 @cache
-def linear_serves(tokens: int, n: int, k: int) -> bool:
-    """Whether a Hopper linear layer is measured to be faster than cuBLAS with the kernels beside it, layer by layer.
+def linear_beats_cublas(tokens: int, n: int, k: int) -> bool:
+    """True if a layer of Hopper linear layers was measured faster than one of cuBLAS and separate kernels.
 
     Models from SmolLM2-135M (576) to Llama-3.1-70B (8192), at 1 to 64 tokens. At 64, output projections alone took up
-    to 20 % longer than cuBLAS, but whole layers less; the largest model's took as long. At 128, as long or longer. Of
-    many tokens, gated layers by themselves mostly took less (the activation is a pass less), but prefill with them 1 to
-    2 % more, and steps of 256 as long.
+    to 20 % longer than cuBLAS, but whole layers less time; the largest model's took as long. At 128, as long or longer.
+    With many tokens, gated layers alone mostly took less time (one pass less, for the activation), but prefill with
+    them 1 to 2 % more, and steps of 256 as long.
     """
     return 1 <= tokens <= (32 if min(n, k) >= 8192 else 64) and min(n, k) >= 576 and k % 8 == 0
 
@@ -248,7 +248,8 @@ _MATMUL = {(128, 256, 4): 60, (128, 128, 6): 34, (128, 64, 6): 26, (64, 64, 8): 
 def matmul_config(tokens: int, n: int, gated: bool, device: torch.device) -> MatmulConfig:
     """Launch parameters of a Hopper linear layer of many tokens, with `n` outputs each (if gated, after the gate).
 
-    The tile by which all multiprocessors are done first: large ones are read less often, small ones leave fewer idle.
+    The tile with the least total time: large tiles read operands less often, small ones leave fewer multiprocessors
+    idle.
     """
     sms = sm_count(device)
     rows = 2 * n if gated else n
@@ -282,9 +283,9 @@ def portable_linear_config(tokens: int) -> PortableConfig:
 
 @cache
 def invariant_linear_config(tokens: int, itemsize: int, gated: bool, device: torch.device) -> PortableConfig:
-    """Launch parameters of a batch-invariant linear layer: of tiles that all add a token's products up in one order.
+    """Launch parameters of a batch-invariant linear layer: every tile adds a token's products up in the same order.
 
-    That order is K's, 16 elements at a time, in one accumulator, whatever the tile: nothing is split along K.
+    That order is K's, 16 elements at a time, in one accumulator: nothing is split along K.
     """
     if itemsize == 4:
         return PortableConfig(16, 64, 32, num_warps=4, num_stages=2)

@@ -1,11 +1,10 @@
 """Variable-length causal attention for Hopper, warp-specialised, in Gluon (Triton's lower level).
 
-Persistent programs, one a multiprocessor. In each, one producer warp copies tiles of keys and values to shared memory
-with the tensor-copy engine, page by page where they are paged, and runs ahead into the next piece of work; two consumer
-warpgroups of 64 query rows each multiply, and each starts the scores of a tile together with the values' product of the
-tile before (FlashAttention-3, Shah et al., 2024). While one warpgroup is in its softmax, prologue or epilogue, the
-other keeps the tensor cores busy. The function is that of `prefill`, which serves all that this kernel does not: see
-`supports`.
+Programs are persistent, one a multiprocessor. In each, one producer warp copies tiles of keys and values to shared
+memory with the tensor-copy engine, page by page where they are paged, and continues into the next piece of work; two
+consumer warpgroups of 64 query rows each multiply, and each starts the scores of a tile together with the values'
+product of the previous tile (FlashAttention-3, Shah et al., 2024). While one warpgroup is in its softmax, prologue or
+epilogue, the other keeps the tensor cores busy. `prefill` serves the calls that this kernel does not: see `supports`.
 """
 
 import torch
@@ -40,9 +39,9 @@ def _locate(
     work, starts_ptr, lens_ptr, tokens, rows, HK,
     TOKENS_M: gl.constexpr, BLOCK_ROWS: gl.constexpr, PAGED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """What piece `work` is: (head, row, its first token within the row, row start, row length, KV length).
+    """Describes piece `work`: (head, row, its first token within the row, row start, row length, KV length).
 
-    Row r owns tiles starts[r] // TOKENS_M + r and on, as in `prefill`; a piece without tokens lies behind its row.
+    Row r has the tiles from starts[r] // TOKENS_M + r on, as in `prefill`; a piece past its row's end has no tokens.
     """
     head = work % HK
     tile = work // HK
@@ -63,7 +62,7 @@ def _locate(
 
 @gluon.jit
 def _tile_count(index, q_len, kv_len, TOKENS_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Tiles of keys that the piece sees; one, all masked, where it sees none."""
+    """Number of tiles of keys that the piece sees; one, all masked, if it sees none."""
     stop = gl.minimum(kv_len - q_len + gl.minimum(index + TOKENS_M, q_len), kv_len)
     return gl.maximum(gl.cdiv(stop, BLOCK_N), 1)
 
@@ -73,7 +72,7 @@ def _copy_tile(
     desc, buffer, full, stage, t, first_row, column, table, last_page,
     BLOCK_N: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, ROWS: gl.constexpr, PAGED: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of one tile [BLOCK_N, DIM] into pieces of [ROWS, 64], column chunks outermost, as it lies."""
+    """Starts the copies of one tile [BLOCK_N, DIM] into pieces of [ROWS, 64], column chunks outermost."""
     PIECES: gl.constexpr = BLOCK_N // ROWS
     CHUNKS: gl.constexpr = DIM // 64
     mbarrier.expect(full, BLOCK_N * DIM * 2)
@@ -81,7 +80,7 @@ def _copy_tile(
     for i in gl.static_range(PIECES):
         at = t + i * ROWS
         if PAGED:
-            # Past the end the last page stands in; what it holds there is masked.
+            # Past the end the last page is copied again, and masked.
             page = gl.load(table + gl.minimum(at // PAGE, last_page))
             row = page * PAGE + at % PAGE
         else:
@@ -97,7 +96,7 @@ def _produce(
     GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, ROWS: gl.constexpr, PAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Copies every tile of every piece of work, as buffers come free."""
+    """Copies every tile of every piece of work, as buffers become free."""
     TOKENS_M: gl.constexpr = 128 // GROUP
     done = 0
     for program in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -141,7 +140,7 @@ def _step(
     j, done, acc, m, l, p, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, q_pos, kv_len, scale2,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile j beside the values of tile j - 1, then the softmax of tile j."""
+    """The scores of tile j together with the values of tile j - 1, then the softmax of tile j."""
     at = done + j
     stage = at % STAGES
     before = (at - 1) % STAGES
@@ -162,7 +161,7 @@ def _step(
 
 @gluon.jit
 def _clear_tail(v_buffer, stage, t, kv_len, BLOCK_N: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr):
-    """Zeroes the rows of a tile behind kv_len: their weights are 0, but 0 times what lies there might be NaN.
+    """Zeroes a tile's rows from kv_len on: their weights are 0, but 0 times the memory's old content might be NaN.
 
     Both consumers do it, with the same result.
     """
@@ -184,7 +183,7 @@ def _attend(
     out_ptr, index, q_start, q_len, kv_len, head, scale2, stride_ot, stride_oh,
     GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """64 of a piece's rows, whose queries are in `q`, against all its tiles."""
+    """Attends 64 of a piece's rows, whose queries are in `q`, to all its tiles."""
     S_LAYOUT: gl.constexpr = _wgmma_layout(BLOCK_N)
     O_LAYOUT: gl.constexpr = _wgmma_layout(DIM)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -233,7 +232,7 @@ def _consume(
     GROUP: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr, PAGED: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its 64 rows of every piece of work, with `q` [64, DIM] in shared memory of its own."""
+    """One warpgroup: its 64 rows of every piece of work; `q` [64, DIM] is its own shared memory."""
     TOKENS_M: gl.constexpr = 128 // GROUP
     L2: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     d = gl.arange(0, DIM, layout=gl.SliceLayout(0, L2))
@@ -258,7 +257,7 @@ def _consume(
             done += tiles
 
 
-# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+# Sizes that change from step to step are not specialized: Triton compiles no variant for 1 or for multiples of 16.
 @gluon.jit(do_not_specialize=["tokens", "rows", "total"])
 def _kernel(
     q_ptr, k_desc, v_desc, out_ptr, table_ptr, starts_ptr, lens_ptr, scale, tokens, rows, HK, total,
@@ -266,7 +265,7 @@ def _kernel(
     GROUP: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, ROWS: gl.constexpr, PAGED: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Sets up shared memory and barriers, and sends the warps to their work."""
+    """Sets up shared memory and barriers, and starts the warps."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PIECES: gl.constexpr = STAGES * (BLOCK_N // ROWS) * (DIM // 64)
@@ -310,13 +309,13 @@ def _kernel(
     )  # fmt: skip
 
 
-def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, plain: bool) -> bool:
-    """Whether this kernel serves the call: Hopper, 2-byte dtype, head dim 64 or 128, groups that divide 128, no extras.
+def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int) -> bool:
+    """Whether this kernel serves a call without window, soft-cap, sinks, ALiBi and scales, that need not be invariant.
 
-    key and value are [tokens, heads, dim], or caches [blocks, page, heads, dim] whose tokens lie one row stride apart.
-    `plain`: neither window nor soft-cap, sinks, ALiBi or scales.
+    It does on Hopper, for a 2-byte dtype, head dim 64 or 128, and groups that divide 128. key and value are [tokens,
+    heads, dim], or caches [blocks, page, heads, dim] whose tokens are one row stride apart.
     """
-    if not plain or not rows or not runs_on(query.device):
+    if not rows or not runs_on(query.device):
         return False
     heads, dim = key.shape[-2:]
     if dim not in (64, 128) or value.shape[-1] != dim or key.dtype not in DTYPES:
@@ -332,25 +331,14 @@ def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: 
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
-    """A 2-D view of keys or values, a row a token."""
+    """A 2-D view of keys or values with a row for each token."""
     tokens = x.shape[0] * (x.shape[1] if x.dim() == 4 else 1)
     return x.as_strided((tokens, x.shape[-2] * x.shape[-1]), (x.stride(-3), 1))
 
 
-def prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor | None,
-    block_tables: torch.Tensor | None,
-    scale: float,
-) -> None:
-    """Writes `out`; arguments as in `prefill.prefill`, of a call that `supports` approves."""
+def launch(query, key, value, out, query_start_loc, seq_lens, block_tables, scale) -> None:
+    """Writes `out`; arguments as in `prefill_attention`, of a call that `supports` approves."""
     tokens, heads, dim = query.shape
-    if not tokens:
-        return
     rows = query_start_loc.shape[0] - 1
     kv_heads = key.shape[-2]
     group = heads // kv_heads

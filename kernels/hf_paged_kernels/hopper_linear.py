@@ -1,10 +1,10 @@
 """Linear layers for few tokens on Hopper, warp-specialised, in Gluon (Triton's lower level).
 
-Persistent programs. In each, one warp streams weights to shared memory with the tensor-copy engine, another the tokens
-that they meet, and a warpgroup multiplies: a tile of weights is the 64-row operand, so that 8 tokens fill the other.
-Weights do not depend on the kernel before. So the first warp does not wait for it: while that kernel ends, and a small
-norm behind it runs, a pipeline's worth of weights is already on its way on every multiprocessor, and the memory never
-falls idle between layers (programmatic dependent launch).
+Programs are persistent. In each, one warp streams weights to shared memory with the tensor-copy engine, another one the
+tokens, and a warpgroup multiplies: a tile of weights is the 64-row operand, so that 8 tokens fill the other. All tokens
+are in one tile. Weights do not depend on the previous kernel, so the first warp does not wait for it: while that kernel
+ends, and a small norm after it runs, every multiprocessor is already loading a pipeline's worth of weights, and the
+memory is never idle between layers (programmatic dependent launch).
 """
 
 import torch
@@ -29,7 +29,7 @@ _activate = gluon.jit(activate.fn)
 
 @gluon.jit
 def _take(empty, full, done, SIZE: gl.constexpr, STAGES: gl.constexpr):
-    """Waits for the stage of tile `done` to come free; returns (stage, its barrier, which now expects SIZE bytes)."""
+    """Waits until the stage of tile `done` is free; returns (stage, its barrier, which now expects SIZE bytes)."""
     stage = done % STAGES
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(stage), SIZE)
@@ -38,7 +38,7 @@ def _take(empty, full, done, SIZE: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit
 def _stream_weights(
-    desc, buffer, full, empty, n, items, tiles,
+    desc, buffer, full, empty, n, items,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
     GATED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _stream_weights(
         tl.extra.cuda.gdc_launch_dependents()
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        row = item // SPLIT % tiles * ROWS
+        row = item // SPLIT * ROWS
         column = item % SPLIT * (STEPS * BLOCK_K)
         for _ in range(STEPS):
             stage, arrived = _take(empty, full, done, BLOCK_N * BLOCK_K * 2, STAGES)
@@ -66,40 +66,38 @@ def _stream_weights(
 
 @gluon.jit
 def _stream_tokens(
-    desc, buffer, full, empty, items, tiles,
+    desc, buffer, full, empty, items,
     BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """Copies the tokens that each tile of weights meets, once the kernel before has written them."""
+    """Copies the tokens' columns for each tile of weights, after the previous kernel has written them."""
     CHUNKS: gl.constexpr = BLOCK_K // 64
     if PDL:
         tl.extra.cuda.gdc_wait()
     done = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        row = item // SPLIT // tiles * BLOCK_T
         column = item % SPLIT * (STEPS * BLOCK_K)
         for _ in range(STEPS):
             stage, arrived = _take(empty, full, done, BLOCK_T * BLOCK_K * 2, STAGES)
             for c in gl.static_range(CHUNKS):
-                async_load(desc, [row, column + c * 64], arrived, buffer.index(stage * CHUNKS + c))
+                async_load(desc, [0, column + c * 64], arrived, buffer.index(stage * CHUNKS + c))
             column += BLOCK_K
             done += 1
 
 
 @gluon.jit
 def _finish(
-    acc, item, tiles, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
+    acc, item, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
     BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
     RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """What comes behind the product, and the store: of the result, or of a partial one [SPLIT, tokens, n]."""
+    """Bias, activation and residual, and the store: of the result, or of a partial one [SPLIT, tokens, n]."""
     GATED: gl.constexpr = KIND >= 0
     ROWS: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     PAIR: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, 4, 1], [2, 0, 1])
     OUT: gl.constexpr = gl.SliceLayout(2, PAIR) if GATED else gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
-    tile = item // SPLIT
-    c = tile % tiles * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    t = tile // tiles * BLOCK_T + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, OUT))
+    c = item // SPLIT * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    t = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, OUT))
     t_long = t.to(gl.int64)
     ok = (c < n)[:, None] & (t < tokens)[None, :]
     if GATED:
@@ -123,11 +121,11 @@ def _finish(
 @gluon.jit
 def _multiply(
     w_tiles, x_tiles, w_full, w_empty, x_full, x_empty, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, items,
-    tiles, stride_r, stride_o,
+    stride_r, stride_o,
     BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr,
     SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroup: a tile's product is started before the one before is waited for, whose stages then come free."""
+    """The warpgroup: starts a tile's product, then waits for the previous tile's, whose stages are then free."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 16])
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -149,22 +147,22 @@ def _multiply(
         mbarrier.arrive(w_empty.index((done - 1) % STAGES))
         mbarrier.arrive(x_empty.index((done - 1) % X_STAGES))
         _finish(
-            acc, item, tiles, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
+            acc, item, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, stride_r, stride_o,
             BLOCK_N, BLOCK_T, SPLIT, KIND, BIAS, RESIDUAL,
         )  # fmt: skip
 
 
-# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+# Sizes that change from step to step are not specialized: Triton compiles no variant for 1 or for multiples of 16.
 @gluon.jit(do_not_specialize=["tokens", "items"])
 def _kernel(
-    x_desc, w_desc, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, items, tiles, stride_r, stride_o,
+    x_desc, w_desc, bias_ptr, residual_ptr, out_ptr, partial_ptr, tokens, n, items, stride_r, stride_o,
     BLOCK_N: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     X_STAGES: gl.constexpr, SPLIT: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
     PDL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Sets up shared memory and barriers, and sends the warps to their work.
+    """Sets up shared memory and barriers, and starts the warps.
 
-    An item is BLOCK_N rows of weight, for BLOCK_T tokens, over STEPS tiles of K; with SPLIT, one of as many parts of K.
+    An item is BLOCK_N rows of weight, for BLOCK_T tokens, over STEPS tiles of K: all of K, or one of its SPLIT parts.
     """
     dtype: gl.constexpr = w_desc.dtype
     HALVES: gl.constexpr = 2 if KIND >= 0 else 1
@@ -182,21 +180,21 @@ def _kernel(
                 _multiply,
                 (
                     w_tiles, x_tiles, w_full, w_empty, x_full, x_empty, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-                    tokens, n, items, tiles, stride_r, stride_o,
+                    tokens, n, items, stride_r, stride_o,
                     BLOCK_N, BLOCK_T, STEPS, STAGES, X_STAGES, SPLIT, KIND, BIAS, RESIDUAL, PDL,
                 ),
             ),
             (
                 _stream_weights,
                 (
-                    w_desc, w_buffer, w_full, w_empty, n, items, tiles,
+                    w_desc, w_buffer, w_full, w_empty, n, items,
                     BLOCK_N, BLOCK_K, STEPS, STAGES, SPLIT, KIND >= 0, PDL, EARLY,
                 ),
             ),
             (
                 _stream_tokens,
                 (
-                    x_desc, x_buffer, x_full, x_empty, items, tiles, BLOCK_T, BLOCK_K, STEPS, X_STAGES, SPLIT, PDL,
+                    x_desc, x_buffer, x_full, x_empty, items, BLOCK_T, BLOCK_K, STEPS, X_STAGES, SPLIT, PDL,
                 ),
             ),
         ],
@@ -210,7 +208,7 @@ def _combine_kernel(
     partial_ptr, bias_ptr, residual_ptr, out_ptr, tokens, n, stride_r, stride_o,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Adds the SPLIT partial results of BLOCK outputs of one token, and what comes behind the product."""
+    """Adds the SPLIT partial results of BLOCK outputs of one token, then bias and residual."""
     await_previous(PDL)
     t = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -224,7 +222,7 @@ def _combine_kernel(
     tl.store(out_ptr + t * stride_o + c, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def linear(
+def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -233,17 +231,16 @@ def linear(
     out: torch.Tensor,
     config: LinearConfig,
 ) -> None:
-    """Writes `out` [tokens, n]; weight [n, K], or [2 n, K] with a `kind` of activation from 0 on (else -1)."""
+    """Writes `out` [tokens, n], at most 64 tokens; weight [n, K], or [2 n, K] if `kind` is an activation's (not -1)."""
     tokens, k = x.shape
     n = out.shape[1]
     rows = config.block_n // 2 if kind >= 0 else config.block_n
-    tiles = triton.cdiv(n, rows)
-    items = tiles * config.split * triton.cdiv(tokens, config.block_t)
+    items = triton.cdiv(n, rows) * config.split
     r = out if residual is None else residual
     partial = x.new_empty(config.split, tokens, n, dtype=torch.float32) if config.split > 1 else None
     extras = {"BIAS": bias is not None, "RESIDUAL": residual is not None}
     _kernel[(min(items, config.programs),)](
-        descriptor(x, config.block_t), descriptor(weight, rows), bias, r, out, partial, tokens, n, items, tiles,
+        descriptor(x, config.block_t), descriptor(weight, rows), bias, r, out, partial, tokens, n, items,
         r.stride(0), out.stride(0), BLOCK_N=config.block_n, BLOCK_T=config.block_t, BLOCK_K=config.block_k,
         STEPS=triton.cdiv(k, config.block_k * config.split), STAGES=config.stages, X_STAGES=config.x_stages,
         SPLIT=config.split, KIND=kind, EARLY=config.early, num_warps=4, maxnreg=128, **extras, **overlap(x.device),

@@ -1,9 +1,9 @@
 """Linear layers for many tokens on Hopper, warp-specialised, in Gluon (Triton's lower level).
 
-Persistent programs. In each, one warp copies tiles of tokens and weights to shared memory with the tensor-copy engine,
-a warpgroup for every 64 tokens of a tile multiplies, and results leave through shared memory, by the copy engine too,
-while the next tile's product is under way. K is never split and its products are added up 16 at a time, as in
-`hopper_linear` and in the portable kernel: a token's result has the same bits in each of them, whatever its tile.
+Programs are persistent. In each, one warp copies tiles of tokens and weights to shared memory with the tensor-copy
+engine, a warpgroup for every 64 tokens of a tile multiplies, and results leave through shared memory, also by the copy
+engine, while the next tile's product is computed. K is never split and its products are added up 16 at a time, as in
+`hopper_linear` and in the portable kernel: a token's result has the same bits in each of them, with any tile.
 """
 
 import torch
@@ -26,12 +26,12 @@ from .heuristics import MatmulConfig
 
 _activate = gluon.jit(activate.fn)
 PIECE = gl.constexpr(16)  # tokens that are copied at once
-GROUP = gl.constexpr(16)  # tiles of tokens that meet a tile of weights in turn, while both are in the cache
+GROUP = gl.constexpr(16)  # tiles of tokens multiplied one after the other with a tile of weights, while it is in L2
 
 
 @gluon.jit
 def _place(item, tiles_t, tiles_n):
-    """(tile of tokens, tile of weights) of an item: GROUP tiles of tokens meet all weights before the next do."""
+    """(tile of tokens, tile of weights) of an item: GROUP tiles of tokens with all weights, then the next GROUP."""
     group = item // (GROUP * tiles_n)
     size = gl.minimum(tiles_t - group * GROUP, GROUP)
     rest = item - group * (GROUP * tiles_n)
@@ -44,11 +44,11 @@ def _stream(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """Copies what each item multiplies; of a gated one half the rows from the gate, half from the up projection.
+    """Copies each item's operands; of a gated one half the rows from the gate, half from the up projection.
 
     The copy engine is slowest where there is nothing to copy: with a tile of tokens half empty, a product took up to
-    twice as long. So such a tile is copied in pieces, but for those without tokens; what is made of the memory that
-    these leave as it is, isn't stored.
+    twice as long. So such a tile is copied in pieces, without those that have no tokens; their memory keeps its old
+    content, and results computed from it are not stored.
     """
     PARTS: gl.constexpr = 2 if GATED else 1
     ROWS: gl.constexpr = BLOCK_N // PARTS
@@ -80,7 +80,7 @@ def _stream(
 
 @gluon.jit
 def _add_bias(y, bias_ptr, first, n):
-    """Adds bias[first:] to the columns of y, of `n` that there are."""
+    """Adds bias[first:] to the columns of y; the bias has `n` elements."""
     at = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
     return y + gl.load(bias_ptr + at, mask=at < n, other=0.0).to(gl.float32)[None, :]
 
@@ -90,7 +90,7 @@ def _store(
     y, t, c, bias_ptr, residual_ptr, out_desc, leaving, tokens, n, stride_r,
     BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """Adds what comes behind the product to y, tile (t, c) of the result, and sends it off."""
+    """Adds bias and residual to y, tile (t, c) of the result, and starts its copy to `out`."""
     row = t * y.shape[0]
     column = c * y.shape[1]
     if BIAS:
@@ -100,7 +100,7 @@ def _store(
         at = column + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
         ok = (r < tokens)[:, None] & (at < n)[None, :]
         y += gl.load(residual_ptr + r[:, None] * stride_r + at[None, :], mask=ok, other=0.0).to(gl.float32)
-    tma.store_wait(0)  # the buffer is free once the copy engine has read what was in it
+    tma.store_wait(0)  # the buffer is free once the copy engine has read its last content
     whole(leaving, 1, y.shape[0], y.shape[1]).index(0).store(y.to(out_desc.dtype))
     fence_async_shared()
     for i in gl.static_range(y.shape[1] // 64):
@@ -114,7 +114,7 @@ def _multiply(
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The warpgroups: a step's product is started before the one before is waited for, whose stage then comes free."""
+    """The warpgroups: start a step's product, then wait for the previous step's, whose stage is then free."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BLOCK_T // 16, 1], [16, BLOCK_N, 16])
     x_tiles = whole(x_pieces, STAGES, BLOCK_T, 64)
     w_tiles = whole(w_pieces, STAGES, BLOCK_N, 64)
@@ -160,17 +160,17 @@ def _multiply(
     tma.store_wait(0)
 
 
-# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+# Sizes that change from step to step are not specialized: Triton compiles no variant for 1 or for multiples of 16.
 @gluon.jit(do_not_specialize=["tokens", "items", "tiles_t"])
 def _kernel(
     x_desc, piece_desc, w_desc, out_desc, bias_ptr, residual_ptr, tokens, n, items, tiles_t, tiles_n, stride_r,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     KIND: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Sets up shared memory and barriers, and sends the warps to their work.
+    """Sets up shared memory and barriers, and starts the warps.
 
-    An item is the product of BLOCK_T tokens and BLOCK_N rows of weight; with HALVES it leaves one after the other, for
-    the memory that they leave through.
+    An item is the product of BLOCK_T tokens and BLOCK_N rows of weight; with HALVES its halves leave one after the
+    other, through the same shared memory.
     """
     dtype: gl.constexpr = w_desc.dtype
     PARTS: gl.constexpr = 2 if KIND >= 0 else 1
@@ -203,7 +203,7 @@ def _kernel(
     )  # fmt: skip
 
 
-def linear(
+def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -212,7 +212,7 @@ def linear(
     out: torch.Tensor,
     config: MatmulConfig,
 ) -> None:
-    """Writes `out` [tokens, n]; weight [n, K], or [2 n, K] with a `kind` of activation from 0 on (else -1)."""
+    """Writes `out` [tokens, n]; weight [n, K], or [2 n, K] if `kind` is an activation's (not -1)."""
     tokens, k = x.shape
     n = out.shape[1]
     columns = config.block_n // 2 if kind >= 0 else config.block_n

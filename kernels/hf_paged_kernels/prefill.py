@@ -5,13 +5,23 @@ prefill rows reads its keys once for all its heads. Tiles of keys that every que
 without a mask; only those at the causal diagonal or a window's edge are masked (FlashAttention-2, Dao, 2023).
 """
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import attention, checks
 from .common import dot
-from .heuristics import PrefillConfig
+from .heuristics import invariant_prefill_config, prefill_config
+from .op import op
+
+try:
+    from . import hopper
+except ImportError:  # Triton has no Gluon, or an incompatible one: the portable kernel serves all calls
+    hopper = None
 
 PAGED, CONTIGUOUS, DESCRIPTOR = 0, 1, 2  # where a program's keys come from
 
@@ -22,14 +32,14 @@ def _attend(
     stride_kb, stride_kt, stride_vb, stride_vt, n, d, dv,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, SOURCE: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr, SPECIALIZE: tl.constexpr,
+    ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Online-softmax steps over keys lo..hi (a multiple of BLOCK_N from 0); returns the new (acc, l, m).
 
     Without MASKED, every query row must see every key in the range.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    for t in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZE):
+    for t in tl.range(lo, hi, BLOCK_N):
         pos = t + n
         if SOURCE == 2:
             k = k_src.load([kv_start + t, head * DIM])
@@ -85,7 +95,7 @@ def _attend(
     return acc, l, m
 
 
-# Sizes that change from step to step: no variant of their own for 1 or for multiples of 16, compiled as they turn up.
+# Sizes that change from step to step are not specialized: Triton compiles no variant for 1 or for multiples of 16.
 @triton.jit(do_not_specialize=["tokens", "rows", "window"])
 def _prefill_kernel(
     q_ptr, k_src, v_src, out_ptr, table_ptr, starts_ptr, lens_ptr, sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr,
@@ -96,18 +106,18 @@ def _prefill_kernel(
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, V_DIM: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, SOURCE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
-    INVARIANT: tl.constexpr, SPECIALIZE: tl.constexpr,
+    INVARIANT: tl.constexpr,
 ):  # fmt: skip
     """TOKENS_M query tokens of one row, times HEADS_M heads of one KV head, against all keys they see.
 
-    Row r owns programs starts[r] // TOKENS_M + r and on: never fewer than it needs, and their sum needs no plan. What
-    lies behind the last row is a row of its own without keys, so that padding tokens get zeros.
+    Row r has the programs from starts[r] // TOKENS_M + r on: at least as many as it needs, found without a plan. The
+    tokens after the last row count as one more row, without keys, so that padding tokens get zeros.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = program % (HK * HEAD_BLOCKS) // HEAD_BLOCKS
     part = program % HEAD_BLOCKS
-    tile = program // (HK * HEAD_BLOCKS)  # counted from the end: a row's last tokens see most keys: begin with them
+    tile = program // (HK * HEAD_BLOCKS)  # from the end: a row's last tokens see the most keys, so they start first
     i = tl.arange(0, BLOCK_ROWS)
     begins = tl.load(starts_ptr + i, mask=i <= rows, other=0)
     row = tl.sum(((begins // TOKENS_M + i <= tile) & (i <= rows)).to(tl.int32), 0) - 1
@@ -161,7 +171,7 @@ def _prefill_kernel(
         full = tl.maximum(full, lo)
         edge = tl.minimum(edge, full)
     if INVARIANT:
-        # Which keys a query's neighbours see must not decide which loop its keys are in: they round differently.
+        # All keys go through the last loop, since the loops round differently and neighbours would decide between them.
         edge = lo
         full = lo
     kv_start = q_start
@@ -175,17 +185,17 @@ def _prefill_kernel(
         acc, l, m = _attend(
             acc, l, m, q, k_from, v_from, table, lo, edge, q_pos, kv_len, kv_start, head, scale2, softcap, window,
             slope, stride_kb, stride_kt, stride_vb, stride_vt, n, d, dv, DIM, BLOCK_D, V_DIM, BLOCK_V, PAGE, BLOCK_N,
-            SOURCE, True, WINDOW, SOFTCAP, ALIBI, False,
+            SOURCE, True, WINDOW, SOFTCAP, ALIBI,
         )  # fmt: skip
     acc, l, m = _attend(
         acc, l, m, q, k_from, v_from, table, edge, full, q_pos, kv_len, kv_start, head, scale2, softcap, window,
         slope, stride_kb, stride_kt, stride_vb, stride_vt, n, d, dv, DIM, BLOCK_D, V_DIM, BLOCK_V, PAGE, BLOCK_N,
-        SOURCE, False, WINDOW, SOFTCAP, ALIBI, SPECIALIZE,
+        SOURCE, False, WINDOW, SOFTCAP, ALIBI,
     )  # fmt: skip
     acc, l, m = _attend(
         acc, l, m, q, k_from, v_from, table, full, hi, q_pos, kv_len, kv_start, head, scale2, softcap, window,
         slope, stride_kb, stride_kt, stride_vb, stride_vt, n, d, dv, DIM, BLOCK_D, V_DIM, BLOCK_V, PAGE, BLOCK_N,
-        SOURCE, True, WINDOW, SOFTCAP, ALIBI, False,
+        SOURCE, True, WINDOW, SOFTCAP, ALIBI,
     )  # fmt: skip
     norm = 1.0 / tl.where(l > 0, l, 1.0)
     if SCALED:
@@ -210,46 +220,37 @@ def descriptor_ready(key: torch.Tensor, value: torch.Tensor) -> bool:
     return True
 
 
-def _source(key: torch.Tensor, block_n: int) -> object:
-    """A 2-D descriptor of [tokens, heads * dim] that loads `block_n` tokens of one head."""
-    tokens, heads, dim = key.shape
-    return TensorDescriptor(key, [tokens, heads * dim], [key.stride(0), 1], [block_n, dim])
+def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor:
+    """A 2-D descriptor of x [tokens, heads, dim] that loads `block_n` tokens of one head."""
+    tokens, heads, dim = x.shape
+    return TensorDescriptor(x, [tokens, heads * dim], [x.stride(0), 1], [block_n, dim])
 
 
-def prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor | None,
-    block_tables: torch.Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    config: PrefillConfig,
-    source: int,
-    invariant: bool,
-) -> None:
-    """Writes `out`. key, value: caches [blocks, page, heads, dim] with `block_tables`, else [tokens, heads, dim]."""
+def _launch(
+    query, key, value, query_start_loc, scale, seq_lens, block_tables, out, window, softcap, sinks, alibi_slopes,
+    k_scale, v_scale, invariant,
+):  # fmt: skip
+    """Launches the kernel, or that of `hopper` where it serves the call."""
     tokens, heads, dim = query.shape
     rows = query_start_loc.shape[0] - 1
     if not tokens:
         return
     kv_heads, v_dim = value.shape[-2:]
+    scaled, paged = k_scale is not None, block_tables is not None
+    plain = not window and not softcap and not scaled and not invariant and sinks is None and alibi_slopes is None
+    if plain and hopper is not None and hopper.supports(query, key, value, rows):
+        hopper.launch(query, key, value, out, query_start_loc, seq_lens, block_tables, scale)
+        return
+    source = PAGED if paged else DESCRIPTOR if descriptor_ready(key, value) else CONTIGUOUS
+    if invariant:
+        config = invariant_prefill_config(dim, v_dim, query.element_size(), query.device)
+    else:
+        config = prefill_config(dim, v_dim, query.element_size(), source, query.device)
     group = heads // kv_heads
     heads_m = min(group, config.block_m)
     head_blocks = triton.cdiv(group, heads_m)
     tokens_m = config.block_m // heads_m
-    paged = source == PAGED
-    k_src, v_src = (
-        (_source(key, config.block_n), _source(value, config.block_n)) if source == DESCRIPTOR else (key, value)
-    )
-    scaled = k_scale is not None
+    k_src, v_src = (_descriptor(x, config.block_n) if source == DESCRIPTOR else x for x in (key, value))
     _prefill_kernel[(kv_heads * head_blocks * (tokens // tokens_m + rows + 1),)](
         query, k_src, v_src, out, block_tables if paged else query_start_loc, query_start_loc,
         seq_lens if paged else query_start_loc, sinks, alibi_slopes, k_scale, v_scale,
@@ -264,6 +265,74 @@ def prefill(
         BLOCK_V=triton.next_power_of_2(max(v_dim, 16)), PAGE=key.shape[1] if paged else 1,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_ROWS=triton.next_power_of_2(max(rows + 1, 16)),
         SOURCE=source, WINDOW=window > 0, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-        ALIBI=alibi_slopes is not None, SCALED=scaled, INVARIANT=invariant, SPECIALIZE=False,
+        ALIBI=alibi_slopes is not None, SCALED=scaled, INVARIANT=invariant,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+@op(_launch, attention.reference, writes=("out",))
+def prefill_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    seq_lens: Tensor | None = None,
+    block_tables: Tensor | None = None,
+    out: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    invariant: bool = False,
+    impl: str = "triton",
+    debug: bool = False,
+) -> Tensor:
+    """Causal attention of rows of any number of query tokens; returns `out` [tokens, heads, value dim].
+
+    query [tokens, heads, dim]; row r has tokens query_start_loc[r] to query_start_loc[r + 1] (int32 [rows + 1]). With
+    block_tables int32 [rows, max blocks] and seq_lens int32 [rows], key and value are paged caches as in
+    `decode_attention`, and query i of q is at position seq_lens[r] - q + i: a prefill, a chunk over a prefix, or a
+    decode row. Without, key and value are [tokens, kv heads, dim] like the query, and rows have no prefix. The grid
+    depends on shapes alone, so that a captured graph serves any batch of its size. Tokens after the last row, and rows
+    of length 0, give zeros. `invariant`, of paged calls: a token's result has the same bits whatever else is in the
+    batch, and whether its row has one query or more.
+    """
+    device = query.device
+    paged = block_tables is not None
+    if paged != (seq_lens is not None):
+        raise ValueError("seq_lens and block_tables belong together: give both (paged) or neither (contiguous)")
+    checks.vector("query_start_loc", query_start_loc, None, (torch.int32,), device)
+    if invariant and not paged:
+        raise ValueError("invariant=True needs block_tables: contiguous keys are added up in another order")
+    if query_start_loc.shape[0] < 1:
+        raise ValueError("query_start_loc is empty; it must hold rows + 1 numbers")
+    if paged:
+        checks.caches(key, value, device)
+        attention.check_tables(block_tables, seq_lens, query_start_loc.shape[0] - 1, device)
+    else:
+        checks.dense("key", key, (query.shape[0], None, None), checks.FLOATS, device)
+        checks.dense("value", value, (*key.shape[:2], None), (key.dtype,), device)
+    out = attention.check(query, key, value, out, scale, window, softcap, sinks, alibi_slopes, k_scale, v_scale)
+    if debug:
+        _check_starts(query_start_loc, seq_lens, query.shape[0])
+        if paged:
+            attention.check_table_values(block_tables, seq_lens, key)
+    return out
+
+
+def _check_starts(query_start_loc: Tensor, seq_lens: Tensor | None, tokens: int) -> None:
+    """Debug only, since it waits for the device: rows follow each other from 0 and end within the tokens.
+
+    None has more query tokens than its sequence has tokens.
+    """
+    starts = query_start_loc.tolist()
+    if starts[0] != 0 or starts != sorted(starts) or starts[-1] > tokens:
+        raise ValueError(f"query_start_loc is {starts}; it must rise from 0 to at most the {tokens} tokens")
+    lens = [b - a for a, b in pairwise(starts)]
+    for row, (query, length) in enumerate(zip(lens, lens if seq_lens is None else seq_lens.tolist(), strict=True)):
+        if query > length > 0:
+            raise ValueError(f"seq_lens[{row}] is {length}; it must be at least the row's {query} query tokens, or 0")

@@ -19,7 +19,6 @@ class StructuredProcessor:
         needs_tokens: all earlier tokens of the requests that it concerns have to be known when it is called.
     """
 
-    graph_safe = False  # its masks come from the host
     needs_tokens = True
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """The Triton attention backend: serves CUDA GPUs, over the kernels of `hf_paged_kernels`.
 
-A step's rows are cut in at most three stretches, each one launch a layer: the leading rows of one query (decode), rows
-that read keys of earlier steps through their block tables, and whole prompts if they are long, whose keys are read
-where the layer left them. In deterministic mode all rows are one stretch. Lengths and tables stay on the device.
+A step's rows are split into at most three stretches, each one launch a layer: the leading rows of one query (decode),
+rows that read keys of earlier steps through their block tables, and whole prompts if they are long, whose keys are read
+from the layer's own tensors. In deterministic mode all rows are one stretch. Lengths and tables stay on the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "triton"
-# What the kernels carry, told here so that asking does not import them.
+# What the kernels support, repeated here so that a check does not import them.
 DTYPES = ("float32", "float16", "bfloat16")
 LARGEST_HEAD = 256
 BLOCK_SIZES = (16, 32, 64)

@@ -1,4 +1,4 @@
-"""The backend: the layout of the pools, and a plan a step."""
+"""The backend: the layout of the pools, and one plan a step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hf_paged_triton.plan import TritonPlan
 
 
 class TritonBackend:
-    """See the package.
+    """The attention backend "triton"; see the package.
 
     Args:
-        spec, block_size: of the cache that it will serve; on a GPU its kernels begin to compile at once.
+        spec, block_size: of the cache that it will serve; on a GPU its kernels are compiled from now on.
         deterministic: see `AttentionBackend`.
     """
 
@@ -28,7 +28,7 @@ class TritonBackend:
         self._compiling = compiling.start(spec, block_size, deterministic) if spec and compiles else []
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
-        """Blocks first, then tokens: a token's heads lie side by side, as the cache write and the copy engine want."""
+        """Blocks first, then tokens: a token's heads are contiguous, as the cache write and the copy engine need."""
         return (num_blocks, block_size, num_heads, head_dim), 0
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:

@@ -1,8 +1,8 @@
-"""Compiling the kernels of attention side by side, in the background, while the model is being looked at.
+"""Compiling the attention kernels in parallel, in background threads, while the engine is built.
 
-Triton compiles a kernel when it is first launched, one after the other, seconds each. Here the kinds of launch that a
-first answer needs are made once, over nothing, each in a thread of its own. What a layer asks for beyond its spec (a
-soft-cap, sinks, a partial rotation) makes other kernels, which are compiled when it does.
+Triton compiles a kernel at its first launch, one at a time, for seconds each. Here each kind of launch that a first
+answer needs is made once, over zeros, in its own thread. Options that a layer's spec does not name (a soft-cap, sinks,
+a partial rotation) need other kernels, which are compiled at their first launch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS = 32
 
 
 def start(spec: CacheSpec, block_size: int, deterministic: bool) -> list[threading.Thread]:
-    """Begin to compile; join the threads before the first launch that counts."""
+    """Start to compile; join the threads before the first real launch."""
     kinds = (_invariant, _write) if deterministic else (_decode, _paged, _write)
     jobs = [(kind, layer) for layer in dict.fromkeys(spec.layers) for kind in kinds]
     threads = [threading.Thread(target=_run, args=(*job, spec, block_size), daemon=True) for job in jobs]
@@ -35,12 +35,12 @@ def _run(kind: Callable[[LayerSpec, _Zeros], object], layer: LayerSpec, spec: Ca
     try:
         with torch.no_grad(), torch.cuda.device(spec.device):
             kind(layer, _Zeros(layer, spec, block_size))
-    except Exception:  # the step that needs this kernel says so, to somebody
-        logger.debug("a kernel was not compiled ahead", exc_info=True)
+    except Exception:  # the step that needs this kernel raises the error to its caller
+        logger.debug("a kernel could not be compiled in advance", exc_info=True)
 
 
 class _Zeros:
-    """Arguments of a row of TOKENS tokens."""
+    """Arguments for one row of TOKENS tokens, all zeros."""
 
     def __init__(self, layer: LayerSpec, spec: CacheSpec, block_size: int) -> None:
         def make(*shape: int) -> torch.Tensor:

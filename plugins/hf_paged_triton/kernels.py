@@ -1,4 +1,4 @@
-"""What stands around attention in a decoder layer, by the faster of the kernels and torch's own products."""
+"""Norms and linear layers around attention: the kernels, or cuBLAS where it is faster; and sampling."""
 
 from __future__ import annotations
 
@@ -28,15 +28,13 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
     ) -> torch.Tensor:
         """See `Kernels.linear`."""
-        if kernels.linear_serves(len(x), weight.shape[0], weight.shape[1], x.dtype, x.device, norm=norm is not None):
+        if _serves(x, weight, norm):
             return kernels.linear(x, weight, bias=bias, **_normed(norm))
         return functional.linear(x if norm is None else self.norm(x, norm), weight, bias)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
         """See `Kernels.gated`."""
-        if kernels.linear_serves(
-            len(x), weight.shape[0], weight.shape[1], x.dtype, x.device, norm=norm is not None, gate=True
-        ):
+        if _serves(x, weight, norm, gate=True):
             return kernels.linear(x, weight, gate=kind, **_normed(norm))
         gate, up = functional.linear(x if norm is None else self.norm(x, norm), weight).chunk(2, -1)
         return kernels.gated_activation(gate, up, kind=kind)
@@ -45,7 +43,7 @@ class TritonKernels:
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
         """See `Kernels.add_linear`."""
-        if kernels.linear_serves(len(x), weight.shape[0], weight.shape[1], x.dtype, x.device):
+        if _serves(x, weight):
             kernels.linear(x, weight, bias=bias, residual=total, out=total)
             return
         total.addmm_(x, weight.t())
@@ -54,9 +52,9 @@ class TritonKernels:
 
 
 class InvariantKernels:
-    """The same for deterministic mode: a token's result has the same bits whatever tokens are beside it.
+    """The same for deterministic mode: a token's result has the same bits whatever other tokens are in the batch.
 
-    cuBLAS is no help there, for it chooses how to add products up by how many tokens there are.
+    cuBLAS can't be used there, since its order of additions depends on the number of tokens.
     """
 
     def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
@@ -109,6 +107,11 @@ class TritonSampling:
         )
 
 
+def _serves(x: torch.Tensor, weight: torch.Tensor, norm: Norm | None = None, gate: bool = False) -> bool:
+    n, k = weight.shape
+    return kernels.linear_serves(len(x), n, k, x.dtype, x.device, norm=norm is not None, gate=gate)
+
+
 def _normed(norm: Norm | None) -> dict[str, Any]:
-    """A norm as the kernels take it."""
+    """A norm as keyword arguments of `linear`."""
     return {} if norm is None else {"norm_weight": norm[0], "eps": norm[1], "gemma": norm[2]}

@@ -1,4 +1,4 @@
-"""Plan once a step: stretches and decode work lists. Run once a layer: write, attend."""
+"""The plan: stretches and decode work lists, once a step; cache write and attention, once a layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hf_paged_triton.stretches import Stretch, one_stretch, stretches
 
 
 class TritonPlan:
-    """One step over the cache. All it launches is done before what the current stream is given next.
+    """One step over the cache, never waiting for the device.
 
-    It never waits for the device.
+    Everything that it launches is ordered before later work of the current stream.
     """
 
     def __init__(self, batch: Batch, cache: KVCache, deterministic: bool = False) -> None:
@@ -27,7 +27,7 @@ class TritonPlan:
         self._groups = [cache.spec.group_of(layer) for layer in range(len(self._layers))]
         self._slots = batch.slot_mapping
         device = cache.spec.device
-        # Triton launches on the current device, wherever the tensors are.
+        # Triton launches on the current device, even if the tensors are on another.
         self._on_device: AbstractContextManager[Any] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
@@ -48,7 +48,7 @@ class TritonPlan:
     ) -> torch.Tensor:
         """See `LayerPlan.run`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
+        # Under autocast a layer's queries and keys may have another dtype than its values; the cache has one dtype.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
         with self._on_device:
             kernels.write_cache(key, value, keys, values, self._slots[self._groups[layer]])
@@ -70,7 +70,7 @@ class TritonPlan:
     ) -> torch.Tensor:
         """See `RotaryPlan.run_rotary`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        # Fresh rows read their keys where they are; all others from the cache.
+        # Fresh rows read their keys from `key`; all others from the cache.
         rotated: dict[str, Any] = {"key_out": key} if self._fresh else {}
         with self._on_device:
             kernels.write_cache(
@@ -89,7 +89,7 @@ class TritonPlan:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention over what is in the cache by now."""
+        """Attention, after this step's keys and values were written to the cache."""
         spec, group = self._layers[layer], self._groups[layer]
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = query.new_empty(*query.shape[:2], spec.value_head_dim)
@@ -99,7 +99,7 @@ class TritonPlan:
             "softcap": softcap or 0.0,
             "sinks": sinks,
         }
-        # Beside decode rows, which wait for memory, prompts of a few tokens cost next to nothing.
+        # Decode rows are limited by memory bandwidth: prompts of a few tokens cost little if they run at the same time.
         side = _side_stream(query.device) if self._decode and (self._paged or self._fresh) else None
         with torch.cuda.stream(side):
             if rows := self._paged:
@@ -120,9 +120,9 @@ class TritonPlan:
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for what may run beside the current one's next launch, where a graph is captured.
+    """A stream for launches that may run at the same time as the current stream's next one, if a graph is captured.
 
-    Launched eagerly, the events that tie the two together would take the host longer than the overlap wins.
+    In an eager launch, the events that synchronize the two would take the host longer than the overlap saves.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return None
@@ -137,10 +137,10 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:
-    """For each kind of layer a workspace with the step's decode work list: made anew each step, and zeroed.
+    """A workspace with the step's decode work list for each kind of layer: allocated each step, and zeroed.
 
-    What torch's allocator keeps serves the next step, so that this costs a launch a kind of layer; and nothing is left
-    behind that a step of another number of rows, or on another stream, might trip over.
+    torch's allocator reuses the memory, so that this costs one launch a kind of layer. No state remains that could
+    disturb a step with another number of rows or on another stream.
     """
     planned: dict[LayerSpec, torch.Tensor] = {}
     for index, layer in enumerate(cache.spec.layers):
@@ -154,5 +154,5 @@ def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """The same with its last dimension contiguous, as the kernels read it."""
+    """`x` with its last dimension contiguous, as the kernels need it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""A step's rows in stretches: neighbours that one launch serves."""
+"""A step's rows in stretches: neighbouring rows that one launch serves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import functional
 from hf_paged.types import Batch
 
 TABLE_STEP = 16
-# Below so many tokens, prompts are read through their block tables too: that costs 3 % of their attention on an H100,
-# and saves the compilation of a second kernel, seconds, before a first answer.
+# Fewer fresh tokens are read through their block tables too: that costs 3 % of their attention on an H100, and saves
+# compiling a second kernel, for seconds, before the first answer.
 FRESH_TOKENS = 2048
 
 
@@ -33,7 +33,7 @@ class Stretch:
 
 
 def one_stretch(batch: Batch) -> tuple[None, Stretch | None, None]:
-    """All rows as rows between: one kernel, and one way to add a token's keys up, whatever its row is."""
+    """All rows in the middle stretch: one kernel, which adds up a token's keys in the same order in any row."""
     starts = batch.row_starts
     if len(starts) == 1:
         return None, None, None
@@ -42,10 +42,10 @@ def one_stretch(batch: Batch) -> tuple[None, Stretch | None, None]:
 
 
 def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | None]:
-    """The leading rows of one query; the last rows, whose keys are all of this step; those between.
+    """Split the rows: the leading rows of one query; the last rows, whose keys are all of this step; those between.
 
-    The scheduler puts rows of one query first, and prompts that begin last. Where it doesn't, they are between: slower,
-    for that launch reads all keys through block tables with a tile of queries for each row, but as right.
+    The scheduler puts rows of one query first, and prompts that begin last. Rows in another place are in the middle
+    stretch, which is slower, since it reads all keys through block tables with a tile of queries for each row.
 
     Returns:
         Decode rows, rows between, fresh rows (if they have FRESH_TOKENS); each None if there are none.
@@ -59,8 +59,8 @@ def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | N
             return None
         return Stretch(
             slice(starts[first], starts[last]),
-            # Copies, unless they begin where the batch's begin: an address that 16 does not divide is another kernel
-            # to Triton, which compiles it in the middle of a run.
+            # Copied unless they begin where the batch's begin: for an address that is no multiple of 16, Triton
+            # compiles another kernel, in the middle of a run.
             batch.query_start_loc[first : last + 1] - starts[first] if first else batch.query_start_loc[: last + 1],
             batch.seq_lens[first:last].clone() if first else batch.seq_lens[:last],
             [_table(table[first:last]) for table in batch.block_tables],
@@ -70,6 +70,6 @@ def stretches(batch: Batch) -> tuple[Stretch | None, Stretch | None, Stretch | N
 
 
 def _table(table: torch.Tensor) -> torch.Tensor:
-    """The table with a width that is a multiple of 16, for the same reason; new columns name the null block."""
+    """The table with a width that is a multiple of 16, for the same reason; new columns hold the null block."""
     missing = -table.shape[1] % TABLE_STEP
     return functional.pad(table, (0, missing)) if missing else table

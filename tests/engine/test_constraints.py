@@ -27,8 +27,6 @@ class After:
 class Spy:
     """A processor that concerns some requests, and changes nothing."""
 
-    graph_safe = False
-
     def __init__(self, concerns):
         self.batches = []
         if concerns is not None:

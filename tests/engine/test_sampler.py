@@ -229,8 +229,6 @@ def test_an_engine_seed_repeats_the_unseeded_draws():
 
 def test_processors_run_before_every_sampler():
     class Only:
-        graph_safe = True
-
         def process(self, requests, logits):
             assert logits.dtype == torch.float32
             return logits.index_fill(-1, torch.tensor([7]), 1e4)

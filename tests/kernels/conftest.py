@@ -48,12 +48,12 @@ class Case:
 
     def row(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Row r's keys and values in float64, scaled."""
-        from hf_paged_kernels import reference
+        from hf_paged_kernels import attention
 
         length = int(self.seq_lens[r])
         out = []
         for cache, name in ((self.k_cache, "k_scale"), (self.v_cache, "v_scale")):
-            x = reference.gather_pages(cache, self.block_tables[r], length)
+            x = attention.gather_pages(cache, self.block_tables[r], length)
             x = x.float().double() if x.element_size() == 1 else x.double()
             scale = self.options.get(name)
             out.append(x if scale is None else x * scale.double().view(-1, 1))
@@ -108,15 +108,15 @@ def attention_budget(q, k, v, options, out_dtype, operand_dtype):
     Weights are off by the rounding of p to the operand's dtype, and by the error e of a float32 score, which the
     exponential turns into a factor exp(+-2 e) with the denominator; the output by its own rounding.
     """
-    from hf_paged_kernels import reference
+    from hf_paged_kernels import attention
 
     shaped = {name: options.get(name) for name in ("window", "softcap", "sinks", "alibi_slopes")}
     shaped = {name: x.double() if isinstance(x, torch.Tensor) else x or 0 for name, x in shaped.items()}
     for name in ("sinks", "alibi_slopes"):
         if not isinstance(shaped[name], torch.Tensor):
             shaped[name] = None
-    expected = reference.attend(q, k, v, options["scale"], **shaped)
-    absolute = reference.attend(q, k, v.abs(), options["scale"], **shaped)
+    expected = attention.attend(q, k, v, options["scale"], **shaped)
+    absolute = attention.attend(q, k, v.abs(), options["scale"], **shaped)
     reach = q.abs().sum(-1).max() * k.abs().max() * options["scale"] if q.numel() else torch.tensor(0.0)
     if shaped["alibi_slopes"] is not None:
         reach = reach + shaped["alibi_slopes"].max() * k.shape[0]

@@ -107,57 +107,64 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
 
 def test_custom_ops(kit):
     """Schemas, fakes and functionalization of every op."""
-    from hf_paged_kernels import ops
+    import hf_paged_kernels as kernels
 
-    check = torch.library.opcheck
-    tests = ("test_schema", "test_faketensor")
+    def check(op, *arguments):
+        torch.library.opcheck(op.op, arguments, test_utils=("test_schema", "test_faketensor"))
+
     a = decode_arguments(kit)
-    shape = (a["k_cache"].shape[2], 32, 32, 4)
-    check(ops.plan_decode.op, (a["seq_lens"], a["workspace"], 0, *shape), test_utils=tests)
-    tensors = (a["query"], a["k_cache"], a["v_cache"], a["block_tables"])
-    check(
-        ops.decode_attention.op, (*tensors, torch.empty_like(a["query"]), a["workspace"], 0.2, 0.0, *[None] * 4),
-        test_utils=tests,
-    )  # fmt: skip
+    query, table, lens = a["query"], a["block_tables"], a["seq_lens"]
+    caches, out, plain = (a["k_cache"], a["v_cache"]), torch.empty_like(query), (0, 0.0, None, None, None, None)
+    check(kernels.plan_decode, lens, a["workspace"], *caches, 0)
+    check(kernels.decode_attention, query, *caches, table, lens, a["workspace"], 0.2, out, *plain, False)
     starts = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
-    check(
-        ops.prefill_attention.op,
-        (
-            *tensors[:3],
-            torch.empty_like(a["query"]),
-            starts,
-            a["seq_lens"],
-            tensors[3],
-            0.2,
-            0,
-            0.0,
-            *[None] * 4,
-            False,
-        ),
-        test_utils=tests,
-    )
+    check(kernels.prefill_attention, query, *caches, starts, 0.2, lens, table, out, *plain, False)
     key, slots = torch.randn(2, 2, 32, device=DEVICE), torch.tensor([3, 17], device=DEVICE)
     cos = torch.randn(2, 16, device=DEVICE)
-    caches = (a["k_cache"].clone(), a["v_cache"].clone())
-    check(
-        ops.write_cache.op,
-        (a["query"], key, key.clone(), *caches, slots, cos, cos.clone(), torch.empty_like(a["query"]), None, False)
-        + (None, None),
-        test_utils=tests,
-    )
-    bases = torch.tensor([c.data_ptr() for c in caches], device=DEVICE)
-    nothing = torch.full((1, 2), -1, device=DEVICE)  # opcheck clones what is mutated: the addresses would be stale
-    check(ops.copy_blocks.op, (list(caches), bases, nothing), test_utils=tests)
-    x = torch.randn(3, 1, 64, device=DEVICE)
-    check(ops.rms_norm.op, (x, x[0, 0].clone(), torch.empty_like(x), x.clone(), 1e-6, False, False), test_utils=tests)
-    check(ops.gated_activation.op, (x[:, 0], x[:, 0].clone(), torch.empty_like(x[:, 0]), "silu"), test_utils=tests)
-    check(ops.argmax.op, (x[:, 0], torch.empty(3, dtype=torch.int64, device=DEVICE)), test_utils=tests)
-    row = torch.ones(3, device=DEVICE)
-    check(
-        ops.sample.op,
-        (x[:, 0], row.long(), row, row.long() * 2, row.long() * 3, row.int(), row * 0.5, row * 0.1),
-        test_utils=tests,
-    )
+    copies = (cache.clone() for cache in caches)
+    rotary = (slots, cos, cos.clone(), out, None, False)
+    check(kernels.write_cache, query, key, key.clone(), *copies, *rotary, None, None)
+    x = torch.randn(3, 64, device=DEVICE)
+    check(kernels.rms_norm, x, x[0].clone(), x.clone(), torch.empty_like(x), 1e-6, False, False)
+    check(kernels.gated_activation, x, x.clone(), torch.empty_like(x), "silu")
+    token, row = torch.empty(3, dtype=torch.int64, device=DEVICE), torch.ones(3, device=DEVICE)
+    check(kernels.argmax, x, token)
+    check(kernels.sample, x, token, row, row.long() * 2, row.long() * 3, row.int(), row * 0.5, row * 0.1)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "linear", "argmax", "sample", "write_cache"])
+def test_a_public_function_has_the_signature_that_it_was_written_with(name):
+    """What the decorator generates refuses unknown arguments, and keeps types, defaults and documentation."""
+    import inspect
+
+    import hf_paged_kernels as kernels
+
+    function = getattr(kernels, name)
+    generated = inspect.signature(function, follow_wrapped=False).parameters.values()
+    written = inspect.signature(function).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in generated] == [(p.name, p.kind, p.default) for p in written]
+    assert all(p.annotation is not p.empty for p in written)
+    assert function.__doc__
+    with pytest.raises(TypeError, match="bias_of_another_name"):
+        function(bias_of_another_name=1)
+
+
+def test_what_is_written_is_returned(kit):
+    """`out` where it was given or not, the rotated query of a cache write, the workspace of a plan."""
+    import hf_paged_kernels as kernels
+
+    x = torch.randn(3, 64, device=DEVICE)
+    out = torch.empty_like(x)
+    for impl in ("triton", "torch"):
+        assert kernels.gated_activation(x, x, out=out, impl=impl) is out
+        assert torch.equal(kernels.gated_activation(x, x, impl=impl), out)
+    a = decode_arguments(kit)
+    caches = a["k_cache"], a["v_cache"]
+    assert kernels.plan_decode(a["seq_lens"], a["workspace"], *caches) is a["workspace"]
+    key, slots = torch.randn(2, 2, 32, device=DEVICE), torch.tensor([3, 17], device=DEVICE)
+    cos, query = torch.randn(2, 16, device=DEVICE), a["query"]
+    assert kernels.write_cache(key, key.clone(), *caches, slots) is None
+    assert kernels.write_cache(key, key.clone(), *caches, slots, query=query, cos=cos, sin=cos) is query
 
 
 def test_compiles_without_graph_breaks():
@@ -193,12 +200,11 @@ def test_imports_torch_and_triton_alone():
 
 
 def test_ops_are_called_where_something_looks_on(monkeypatch):
-    """Autograd, a compiler and dispatch modes see the op; nobody else waits for its dispatch."""
+    """Autograd, a compiler and dispatch modes see the op; other calls don't wait for its dispatch."""
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import ops
 
-    called, op = [], ops.rms_norm.op
-    monkeypatch.setattr(ops.rms_norm, "op", lambda *args: called.append("op") or op(*args))
+    called, op = [], kernels.rms_norm.op
+    monkeypatch.setitem(kernels.rms_norm.__globals__, "custom", lambda *args: called.append("op") or op(*args))
     x, weight = torch.randn(3, 64, device=DEVICE), torch.ones(64, device=DEVICE)
     with_grad = kernels.rms_norm(x, weight, eps=1e-6)
     assert called == ["op"]

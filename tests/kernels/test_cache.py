@@ -1,4 +1,4 @@
-"""Cache writes with and without rotary embedding, and block copies, against float64 or bit for bit."""
+"""Cache writes with and without rotary embedding, against float64 or bit for bit."""
 
 import pytest
 import torch
@@ -66,14 +66,14 @@ def close(kit, got, expected, scale=None):
 @pytest.mark.parametrize("name", ROTARY)
 def test_write(kit, name):
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import reference
+    from hf_paged_kernels.cache import rotate
 
     options = dict(ROTARY[name])
     interleaved = options.pop("interleaved", False)
     query, key, value, k_cache, v_cache, slots, (cos, sin) = setup(**options)
     q, k = query.double(), key.double()
     if cos is not None:
-        q, k = (reference.rotate(x, cos, sin, interleaved) for x in (q, k))
+        q, k = (rotate(x, cos, sin, interleaved) for x in (q, k))
         query_out, key_out = kit.poisoned(*query.shape, dtype=query.dtype, device=DEVICE), torch.empty_like(key)
         extra = {"query": query, "query_out": query_out, "key_out": key_out, "cos": cos, "sin": sin}
     else:
@@ -108,7 +108,7 @@ def test_in_place(kit, interleaved):
 def test_fp8_cache(rotary):
     """Within half a step of e4m3 (3 bits of mantissa, least step 2^-9) after scaling, and clamped."""
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import reference
+    from hf_paged_kernels.cache import rotate
 
     query, key, value, _, _, slots, (cos, sin) = setup(rotary=rotary, dtype=torch.bfloat16)
     value[0, 0, 0] = 1e6
@@ -116,7 +116,7 @@ def test_fp8_cache(rotary):
     k_scale, v_scale = torch.tensor([0.5, 0.25], device=DEVICE), torch.tensor([2.0], device=DEVICE)
     extra = {"cos": cos, "sin": sin, "query": query} if rotary else {}
     kernels.write_cache(key, value, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale, **extra)
-    k = reference.rotate(key.double(), cos, sin, False) if rotary else key.double()
+    k = rotate(key.double(), cos, sin, False) if rotary else key.double()
     keep = slots >= 0
     for cache, x, scale in ((k_cache, k, k_scale), (v_cache, value.double(), v_scale)):
         got = cache.float().flatten(0, 1)[slots[keep]].double()
@@ -128,26 +128,3 @@ def test_fp8_cache(rotary):
         if DEVICE == "cpu":
             excess[torch.frexp(want.abs()).mantissa >= 0.96875] = 0
         assert excess.max() <= 0, (got.flatten()[excess.argmax()], want.flatten()[excess.argmax()])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["nhd", "hnd"])
-def test_copy_blocks(dtype, layout):
-    """All layers in one launch; pairs with a negative number do nothing."""
-    import hf_paged_kernels as kernels
-
-    caches = []
-    for _ in range(3):
-        shape = (6, 16, 2, 40) if layout == "nhd" else (6, 2, 16, 40)
-        x = torch.randn(shape, device=DEVICE).to(dtype)
-        caches.append(x if layout == "nhd" else x.transpose(1, 2))
-    pairs = torch.tensor([[1, 4], [-1, 2], [3, 5], [0, -1]], device=DEVICE)
-    want = [x.clone() for x in caches]
-    for x in want:
-        x[4], x[5] = x[1].clone(), x[3].clone()
-    again = [x.clone() for x in caches]
-    kernels.copy_blocks(caches, pairs)
-    kernels.copy_blocks(again, pairs, impl="torch")
-    for got, other, expected in zip(caches, again, want, strict=True):
-        assert torch.equal(got, expected)
-        assert torch.equal(other, expected)

@@ -169,15 +169,13 @@ def test_pool_past_32_bits():
     workspace = torch.zeros(kernels.decode_workspace_bytes(1, 32, *pools), dtype=torch.uint8, device="cuda")
     last = kernels.decode_attention(query[-1:], *pools, table, lens, workspace, scale=0.1)
     torch.testing.assert_close(last, expected[-1:], **close)
-    pairs = torch.tensor([[blocks - 2, 1], [blocks - 3, blocks - 1]], device="cuda")
-    kernels.copy_blocks(pools, pairs)
-    assert torch.equal(pools[1][1], pools[1][blocks - 2])
 
 
 def test_sampling_at_full_vocabulary():
     """128,256 tokens, every filter: the kept sets of a sort, and draws within float32's error of the best."""
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import reference
+    from hf_paged_kernels.filters import kept_logits
+    from hf_paged_kernels.sampling import gumbel
 
     rows, vocab = 48, 128256
     logits = torch.randn(rows, vocab, device="cuda") * 4
@@ -189,8 +187,8 @@ def test_sampling_at_full_vocabulary():
     }
     seeds, positions = (torch.randint(0, 2**40, (rows,), device="cuda") for _ in "sp")
     got = kernels.sample(logits, seeds=seeds, positions=positions, **options)
-    keep = reference.kept_logits(logits, **options)
-    noisy = logits.double() / options["temperature"][:, None] + reference.gumbel(seeds, positions, vocab)
+    keep = kept_logits(logits, **options)
+    noisy = logits.double() / options["temperature"][:, None] + gumbel(seeds, positions, vocab)
     noisy = noisy.masked_fill(~keep, float("-inf"))
     picked = noisy.gather(1, got[:, None])[:, 0]
     # A mass within float32's error of top_p may move the threshold by a token; a draw of it would read as -inf here.

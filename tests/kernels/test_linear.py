@@ -242,14 +242,14 @@ def test_which_kernel_serves_on_hopper(tokens, n, k, dtype, kernel, gate, monkey
     module, launched = importlib.import_module("hf_paged_kernels.linear"), {}
     monkeypatch.setattr(copies, "runs_on", lambda device: True)
     monkeypatch.setattr(heuristics, "sm_count", lambda device: 132)
-    monkeypatch.setattr(hopper_linear, "linear", lambda *args: launched.update(few=args))
-    monkeypatch.setattr(hopper_matmul, "linear", lambda *args: launched.update(many=args))
+    monkeypatch.setattr(hopper_linear, "launch", lambda *args: launched.update(few=args))
+    monkeypatch.setattr(hopper_matmul, "launch", lambda *args: launched.update(many=args))
     monkeypatch.setattr(module, "_portable", lambda *args: launched.update(portable=args))
     for choose in (heuristics.linear_config, heuristics.matmul_config):
-        monkeypatch.setattr(module, choose.__name__, choose.__wrapped__)
+        monkeypatch.setattr(heuristics, choose.__name__, choose.__wrapped__)
     rows = n if gate is None else 2 * n
     x, weight, out = (torch.zeros(*shape, dtype=dtype) for shape in ((tokens, k), (rows, k), (tokens, n)))
-    module.linear(x, weight, None, None, 0.0, False, None, gate, True, out)
+    module._launch(x, weight, None, None, 0.0, False, None, gate, True, out)
     assert list(launched) == ([] if kernel is None else [kernel])
     if kernel == "few":
         assert launched["few"][-1].split == 1  # nothing is shared in deterministic mode
@@ -279,11 +279,10 @@ def test_tiles_of_many_tokens(gated, monkeypatch):
 
 def test_custom_op_and_compile():
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import ops
 
     x, weight, options = case(3, 32, 64, norm=True, residual=True, gate="silu")
     norm = options["norm_weight"], 1e-5, False
     arguments = (x, weight, None, *norm, options["residual"], "silu", False, x.new_empty(3, 32))
-    torch.library.opcheck(ops.linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(kernels.linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(lambda x, w: kernels.linear(x, w) + 1, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), kernels.linear(x, weight) + 1)

@@ -37,18 +37,19 @@ def test_argmax(vocab, dtype):
 
 def test_philox():
     """Known answers of Philox-4x32-10 (Random123's kat_vectors: zeros; ones)."""
-    from hf_paged_kernels import reference
+    from hf_paged_kernels.sampling import philox
 
     zero, ones = torch.tensor([0]), torch.tensor([-1])
-    assert reference.philox(zero, zero, zero).item() == 0x6627E8D5
-    assert 0 <= reference.philox(ones, zero, ones).item() < 2**32
+    assert philox(zero, zero, zero).item() == 0x6627E8D5
+    assert 0 <= philox(ones, zero, ones).item() < 2**32
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_same_draw_as_the_reference(seed):
     """The kernel's token has, in float64, a noisy logit equal to the best of the kept ones within float32's error."""
     import hf_paged_kernels as kernels
-    from hf_paged_kernels import reference
+    from hf_paged_kernels.filters import kept_logits
+    from hf_paged_kernels.sampling import gumbel
 
     logits, seeds, positions = batch(6, 700, seed)
     options = {
@@ -58,9 +59,9 @@ def test_same_draw_as_the_reference(seed):
         "min_p": floats(0.0, 0.0, 0.1, 0.0, 0.0, 0.02),
     }
     got = kernels.sample(logits, seeds=seeds, positions=positions, **options)
-    keep = reference.kept_logits(logits, **options)
+    keep = kept_logits(logits, **options)
     assert got[1] == logits[1].argmax()
-    noisy = logits.double() / options["temperature"].clamp_min(1e-9)[:, None] + reference.gumbel(seeds, positions, 700)
+    noisy = logits.double() / options["temperature"].clamp_min(1e-9)[:, None] + gumbel(seeds, positions, 700)
     noisy = noisy.masked_fill(~keep, -math.inf)
     for r in (0, 2, 3, 4, 5):
         assert keep[r, got[r]]
@@ -72,7 +73,7 @@ def test_same_draw_as_the_reference(seed):
 @pytest.mark.parametrize(("vocab", "gathers"), [(50, True), (900, True), (900, False)])
 def test_thresholds(vocab, gathers, monkeypatch):
     """The kept set is exactly that of a sort, from gathered logits as from the whole row."""
-    from hf_paged_kernels import reference, sampling
+    from hf_paged_kernels import filters
 
     logits, _, _ = batch(8, vocab, 5)
     logits[0] = logits[0].round()  # ties
@@ -84,10 +85,10 @@ def test_thresholds(vocab, gathers, monkeypatch):
         "min_p": floats(0, 0, 0, 0, 0, 0.3, 0, 0.01),
     }
     if not gathers:
-        monkeypatch.setattr(sampling, "REACH", 0)
-    keep = reference.kept_logits(logits, **options)
+        monkeypatch.setattr(filters, "REACH", 0)
+    keep = filters.kept_logits(logits, **options)
     least = torch.empty(8, device=DEVICE)
-    sampling.thresholds(logits, least, **options)
+    filters.thresholds(logits, least, **options)
     got = (logits >= least[:, None]) & (logits > -math.inf)
     assert torch.equal(got, keep)
 

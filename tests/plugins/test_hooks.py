@@ -211,8 +211,6 @@ def test_register_logits_processors(model):
     calls = []
 
     class Only:
-        graph_safe = True
-
         def __init__(self, token):
             self.token = token
 

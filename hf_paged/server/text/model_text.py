@@ -138,10 +138,6 @@ class ModelText:
                     raise _TooLong(seen - SEAM * (number + 1))
         return list(self.tokenizer.encode(text, add_special_tokens=special))
 
-    async def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of short texts, without special tokens."""
-        return await self.run(lambda: [self.tokenizer.encode(text, add_special_tokens=False) for text in texts])
-
     async def banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences of bad words.
 
