@@ -106,19 +106,9 @@ def generate_batch_engine(model: Any, options: Options) -> Iterator[Serve]:
 
     `generate_batch` itself gives every request the same number of new tokens; its manager takes one for each.
     """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
     settings = {**(BATCHING_ON_CPU if model.device.type == "cpu" else {}), **options.batching}
-    config = ContinuousBatchingConfig(**settings)
-    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-    attention = model.config._attn_implementation
-    try:
-        configs = {"generation_config": generation, "continuous_batching_config": config}
-        with model.continuous_batching_context_manager(**configs) as manager:
-            yield lambda items: _batched(manager, items)
-    finally:
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+    with compat.continuous_batching(model, **settings) as manager:
+        yield lambda items: _batched(manager, items)
 
 
 def _batched(manager: Any, items: Sequence[Item]) -> Run:

@@ -71,7 +71,7 @@ def time_to_first_token(model: Any, options: engines.Options) -> float:
     """Seconds from a model on its device to the first token of workload B, the engine built on the way."""
     from hf_paged import LLM, SamplingParams
 
-    (item,) = UNIFORM["B"].items(_vocabulary(model), seed=-1)
+    (item,) = UNIFORM["B"].items(models.vocabulary(model), seed=-1)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     began = time.perf_counter()
@@ -104,12 +104,8 @@ def _value(serve: engines.Serve, shape: Uniform, model: Any, seed: int) -> float
 
 
 def _run(serve: engines.Serve, shape: Uniform, model: Any, seed: int, output: int | None = None) -> float:
-    items: list[Item] = shape.items(_vocabulary(model), seed, output)
+    items: list[Item] = shape.items(models.vocabulary(model), seed, output)
     return serve(items).seconds
-
-
-def _vocabulary(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
 
 
 def _pick(text: str) -> list[str]:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if model.dtype not in (torch.float16, torch.bfloat16):
         raise ConfigError(f"the model is in {model.dtype}; give --dtype bfloat16 or float16, to compare with float32")
     environment = report.environment(model, name)
-    rows = _rows(args.requests, args.prompt_len + args.output_len, model.get_input_embeddings().num_embeddings)
+    rows = _rows(args.requests, args.prompt_len + args.output_len, models.vocabulary(model))
     found = {
         "stock": stock(model, rows, args.prompt_len),
         "hf_paged": generated(model, rows, args.prompt_len, paged_options(args.option)),

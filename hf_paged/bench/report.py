@@ -17,14 +17,13 @@ from rich.table import Table
 
 from hf_paged._version import __version__
 from hf_paged.bench.run import Run
+from hf_paged.hf import compat
 
 MIB = 2**20
 
 
 def environment(model: Any, name: str) -> dict[str, Any]:
     """What has to be known to repeat a run."""
-    import transformers
-
     device = model.device
     return {
         "command": shlex.join(["hf-paged", *sys.argv[1:]]),
@@ -35,7 +34,7 @@ def environment(model: Any, name: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": compat.release(),
         "hf_paged": __version__,
     }
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
 from hf_paged.bench import models, output, report
 from hf_paged.engine.engine import Engine
+from hf_paged.hf.load import model_for, pick_device
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request
 
@@ -54,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     if args.model:
-        model, name = models.load(args.model, args.device, args.dtype), args.model
+        model, name = model_for(args.model, args.device, args.dtype), args.model
     else:
-        model, name = models.tiny_llama(models.pick_device(args.device), args.dtype), models.TINY_LLAMA
+        model, name = models.tiny_llama(pick_device(args.device), args.dtype), models.TINY_LLAMA
     # Few enough blocks that requests are preempted.
     blocks = max(16, args.in_flight * (LONGEST_PROMPT + LONGEST_OUTPUT) // 3 // 16)
     options = {"num_blocks": blocks, **paged_options(args.option)}

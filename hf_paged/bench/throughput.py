@@ -14,6 +14,7 @@ from hf_paged.bench import engines, models, output, profile, report, workloads
 from hf_paged.bench.run import Run
 from hf_paged.demo import smollm2
 from hf_paged.errors import ConfigError
+from hf_paged.hf.load import model_for
 
 
 def add_parser(subparsers: Any) -> None:
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         batching=parse_options(args.batching_option),
     )
     model, name = _model(args)
-    workload = workloads.load(args.workload, model.get_input_embeddings().num_embeddings)
+    workload = workloads.load(args.workload, models.vocabulary(model))
     console.print(
         f"workload {workload.name}: {len(workload.items)} requests, {workload.prompt_tokens:,} prompt tokens, "
         f"{workload.output_tokens:,} tokens asked for; {args.repeats} runs of {', '.join(names)}, in turn"
@@ -144,4 +145,4 @@ def _model(args: argparse.Namespace) -> tuple[Any, str]:
     if args.model or args.workload == "A":
         return models.load_or_8b(args)
     folder = smollm2.ensure(Console(stderr=True).print)
-    return models.load(str(folder), args.device, args.dtype), smollm2.NAME
+    return model_for(str(folder), args.device, args.dtype), smollm2.NAME

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models
 from hf_paged.bench.workloads import Item
 from hf_paged.demo import compare, smollm2, view
 from hf_paged.demo.prompts import PROMPTS
 from hf_paged.errors import ConfigError
+from hf_paged.hf.load import model_for, tokenizer_for
 
 
 def add_demo_parser(subparsers: Any) -> None:
@@ -85,7 +85,7 @@ def _run(
 ) -> int:
     options = paged_options(args.option)
     console, notes = Console(), Console(stderr=True)
-    chat = compare.Chat.of(models.load(name, args.device, args.dtype), models.tokenizer_of(name))
+    chat = compare.Chat.of(model_for(name, args.device, args.dtype), tokenizer_for(name))
     items = [Item(chat.encode(prompt, raw), args.max_new_tokens) for prompt in prompts]
     lengths = [len(item.prompt_token_ids) for item in items]
     span = f"{min(lengths)} to {max(lengths)} tokens"
