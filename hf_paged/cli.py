@@ -14,8 +14,8 @@ from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import add_model_options, add_options, paged_options
 from hf_paged.bench import kernels, latency, logprobs, serve, soak, throughput
+from hf_paged.bench.demo import commands
 from hf_paged.config import PagedConfig
-from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
 from hf_paged.hf.explain import explain
 from hf_paged.hf.load import model_for

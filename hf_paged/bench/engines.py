@@ -18,6 +18,10 @@ from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
 from hf_paged.errors import ConfigError, HFPagedError
 from hf_paged.hf import compat
+from hf_paged.hf.handle import patched
+from hf_paged.hf.patch import paged
+from hf_paged.llm import LLM
+from hf_paged.params import SamplingParams
 
 Serve = Callable[[Sequence[Item]], Run]
 
@@ -43,8 +47,6 @@ class Options:
 @contextmanager
 def hf_paged_engine(model: Any, options: Options) -> Iterator[Serve]:
     """`hf_paged.LLM` over the live model."""
-    from hf_paged import LLM, SamplingParams
-
     llm = LLM(model, skip_tokenizer_init=True, **options.paged)
     llm.warm_up()
 
@@ -69,9 +71,6 @@ def hf_paged_engine(model: Any, options: Options) -> Iterator[Serve]:
 @contextmanager
 def patched_engine(model: Any, options: Options) -> Iterator[Serve]:
     """`model.generate()` of the patched model: a call for all requests of the same output length."""
-    from hf_paged import paged
-    from hf_paged.hf.handle import patched
-
     with paged(model, **{"keep_pool": True, "on_unsupported": "error", **options.paged}):
         handle = patched(model)
         assert handle is not None

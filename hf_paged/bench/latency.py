@@ -16,6 +16,8 @@ from hf_paged.arguments import add_model_options, add_options, at_least_one, pag
 from hf_paged.bench import engines, models, output, report
 from hf_paged.bench.workloads import UNIFORM, Item, Uniform
 from hf_paged.errors import ConfigError
+from hf_paged.llm import LLM
+from hf_paged.params import SamplingParams
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
 
 def time_to_first_token(model: Any, options: engines.Options) -> float:
     """Seconds from a model on its device to the first token of workload B, the engine built on the way."""
-    from hf_paged import LLM, SamplingParams
-
     (item,) = UNIFORM["B"].items(models.vocabulary(model), seed=-1)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()

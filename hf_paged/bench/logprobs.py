@@ -18,6 +18,7 @@ from rich.table import Table
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
 from hf_paged.bench import models, output, report
 from hf_paged.errors import ConfigError
+from hf_paged.llm import LLM
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request, Sampled
 
@@ -83,8 +84,6 @@ def stock(model: Any, rows: Sequence[list[int]], prompt: int) -> torch.Tensor:
 
 def generated(model: Any, rows: Sequence[list[int]], prompt: int, paged: dict[str, Any]) -> torch.Tensor:
     """The same by hf_paged, all rows at once, each made to generate its continuation."""
-    from hf_paged import LLM
-
     params = SamplingParams(temperature=0.0, max_tokens=len(rows[0]) - prompt, ignore_eos=True)
     forced = _Forced()
     with LLM(model, skip_tokenizer_init=True, **paged) as llm:

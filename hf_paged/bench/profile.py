@@ -17,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.flight import ChosenTokens
+from hf_paged.llm import LLM
+from hf_paged.params import SamplingParams
 
 # A trace of all steps of a long run would fill the memory. The first are prompts alone.
 FIRST, COUNT = 32, 64
@@ -29,8 +31,6 @@ def run(model: Any, items: Sequence[Item], paged: Mapping[str, Any], trace: Path
         steps: how many were seen. wall_ms: milliseconds a step. gpu_busy: the share of that time in which the GPU ran
         a kernel or a copy, or None without one. host_ms: milliseconds a step by part.
     """
-    from hf_paged import LLM, SamplingParams
-
     params = [
         SamplingParams(temperature=0.0, max_tokens=item.max_tokens, ignore_eos=True, detokenize=False) for item in items
     ]

@@ -21,6 +21,7 @@ from hf_paged.arguments import add_model_options, add_options, at_least_one, pag
 from hf_paged.bench import models, output, report
 from hf_paged.engine.engine import Engine
 from hf_paged.hf.load import model_for, pick_device
+from hf_paged.llm import LLM
 from hf_paged.params import SamplingParams
 from hf_paged.types import Request
 
@@ -51,8 +52,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the requests; exit status 1 if anything was not as it has to be."""
-    from hf_paged import LLM
-
     console = Console(stderr=True)
     if args.model:
         model, name = model_for(args.model, args.device, args.dtype), args.model

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options, parse_options
 from hf_paged.bench import engines, models, output, profile, report, workloads
+from hf_paged.bench.demo import smollm2
 from hf_paged.bench.run import Run
-from hf_paged.demo import smollm2
 from hf_paged.errors import ConfigError
 from hf_paged.hf.load import model_for
 

@@ -11,6 +11,7 @@ from hf_paged.bench import static
 from hf_paged.bench.kv import between
 from hf_paged.bench.run import Run
 from hf_paged.bench.workloads import Item
+from hf_paged.hf.patch import paged
 
 WARM_UP = Item([7] * 20, 4)  # shares no block with any prompt
 
@@ -67,8 +68,6 @@ def patched(chat: Chat, items: Sequence[Item], sampling: Mapping[str, Any], opti
         sampling: more arguments for `generate()`; empty: greedy.
         options: options of hf_paged.
     """
-    import hf_paged
-
     inputs = static.left_pad([item.prompt_token_ids for item in items], chat.pad, chat.model.device)
     width = inputs["input_ids"].shape[1]
     arguments = {
@@ -76,7 +75,7 @@ def patched(chat: Chat, items: Sequence[Item], sampling: Mapping[str, Any], opti
         "pad_token_id": chat.pad,
         **(sampling or {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}),
     }
-    with hf_paged.paged(chat.model, **options) as handle:
+    with paged(chat.model, **options) as handle:
         warm_up = static.left_pad([WARM_UP.prompt_token_ids], chat.pad, chat.model.device)
         chat.model.generate(**warm_up, **{**arguments, "max_new_tokens": WARM_UP.max_tokens})
         before = handle.stats

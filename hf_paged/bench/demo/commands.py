@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
+from hf_paged.bench.demo import compare, smollm2, view
+from hf_paged.bench.demo.prompts import PROMPTS
 from hf_paged.bench.workloads import Item
-from hf_paged.demo import compare, smollm2, view
-from hf_paged.demo.prompts import PROMPTS
 from hf_paged.errors import ConfigError
 from hf_paged.hf.load import model_for, tokenizer_for
 

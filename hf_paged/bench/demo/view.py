@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_paged.bench.demo.compare import Chat
 from hf_paged.bench.report import MIB
 from hf_paged.bench.run import Run
-from hf_paged.demo.compare import Chat
 
 SHOWN = 180  # characters of an answer, unless all of it is asked for
 
