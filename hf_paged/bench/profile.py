@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from hf_paged.bench import report
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.flight import ChosenTokens
 from hf_paged.llm import LLM
-from hf_paged.params import SamplingParams
 
 # A trace of all steps of a long run would fill the memory. The first are prompts alone.
 FIRST, COUNT = 32, 64
@@ -31,27 +30,21 @@ def run(model: Any, items: Sequence[Item], paged: Mapping[str, Any], trace: Path
         steps: how many were seen. wall_ms: milliseconds a step. gpu_busy: the share of that time in which the GPU ran
         a kernel or a copy, or None without one. host_ms: milliseconds a step by part.
     """
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=item.max_tokens, ignore_eos=True, detokenize=False) for item in items
-    ]
     with LLM(model, skip_tokenizer_init=True, **paged) as llm:
         llm.warm_up()
         with Profiled(llm.engine()[0].engine) as seen:
-            llm.generate([item.prompt_token_ids for item in items], params, use_tqdm=False)
+            prompts, params = [item.prompt_token_ids for item in items], [item.params for item in items]
+            llm.generate(prompts, params, use_tqdm=False)
     seen.write(trace)
     return seen.summary()
 
 
-def show(summary: dict[str, Any], console: Console) -> None:
-    """The table."""
-    busy = summary["gpu_busy"]
-    title = f"{summary['steps']} steps of {summary['wall_ms']:.2f} ms"
-    table = Table(title=title if busy is None else f"{title}, GPU busy {busy:.1%}")
-    table.add_column("part of the host's time")
-    table.add_column("ms a step", justify="right")
-    for part, spent in summary["host_ms"].items():
-        table.add_row(part, f"{spent:.3f}")
-    console.print(table)
+def table(summary: dict[str, Any]) -> Table:
+    """The table of what `run` returned."""
+    busy, title = summary["gpu_busy"], f"{summary['steps']} steps of {summary['wall_ms']:.2f} ms"
+    rows = [[part, f"{spent:.3f}"] for part, spent in summary["host_ms"].items()]
+    title = title if busy is None else f"{title}, GPU busy {busy:.1%}"
+    return report.table(title, ("part of the host's time", "ms a step"), rows)
 
 
 class Profiled:
@@ -102,7 +95,7 @@ class Profiled:
             self._profiler.export_chrome_trace(str(trace))
 
     def summary(self) -> dict[str, Any]:
-        """See `run`."""
+        """What `run` returns."""
         spent = dict(self._spent)
         spent["land"] = spent.get("land", 0.0) - spent.get("wait for the device", 0.0)
         step = spent.pop("step", 0.0)

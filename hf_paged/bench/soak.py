@@ -18,11 +18,11 @@ from rich.console import Console
 from tqdm import tqdm
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models, output, report
+from hf_paged.bench import models, report
+from hf_paged.bench.workloads import greedy
 from hf_paged.engine.engine import Engine
 from hf_paged.hf.load import model_for, pick_device
 from hf_paged.llm import LLM
-from hf_paged.params import SamplingParams
 from hf_paged.types import Request
 
 PROMPTS, LONGEST_PROMPT, LONGEST_OUTPUT = 64, 96, 48
@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--in-flight", type=at_least_one, default=200, help="requests at a time (default: %(default)s)")
     parser.add_argument("--cancel", type=_share, default=0.1, help="share of them cancelled (default: %(default)s)")
     add_options(parser)
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     }
     good = summary["flat"] and not any(summary[x] for x in ("wrong", "failed", "lost", "blocks_leaked"))
     console.print("answers right, nothing lost or leaked, memory flat" if good else "[red]not as it has to be[/red]")
-    output.write(summary, args.json)
+    report.write(summary, args.json)
     return 0 if good else 1
 
 
@@ -144,9 +144,7 @@ class Soak:
     def _requests(self, count: int) -> Iterator[Request]:
         for index in range(count):
             which = self._random.randrange(PROMPTS)
-            params = SamplingParams(
-                temperature=0.0, max_tokens=self._random.randint(1, LONGEST_OUTPUT), ignore_eos=True
-            )
+            params = greedy(self._random.randint(1, LONGEST_OUTPUT))
             request = Request(f"{index}/{which}", list(self._prompts[which]), params)
             if self._random.random() < self._cancel:
                 self._cancel_at[request] = self._random.randrange(LONGEST_OUTPUT)
@@ -167,9 +165,7 @@ class Soak:
         self.wrong += output != self._answers[which][: len(output)]
 
     def _alone(self, prompt: Sequence[int]) -> list[int]:
-        request = Request(
-            "alone", list(prompt), SamplingParams(temperature=0.0, max_tokens=LONGEST_OUTPUT, ignore_eos=True)
-        )
+        request = Request("alone", list(prompt), greedy(LONGEST_OUTPUT))
         self._engine.run([request])
         self._engine.forget()
         return list(request.output_token_ids)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options, parse_options
-from hf_paged.bench import engines, models, output, profile, report, workloads
+from hf_paged.bench import engines, models, profile, report, workloads
 from hf_paged.bench.demo import smollm2
 from hf_paged.bench.run import Run
 from hf_paged.errors import ConfigError
@@ -57,14 +57,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="run hf_paged once more, write a trace of some steps there (for Perfetto), and tell how busy the GPU was",
     )
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and print it."""
     console = Console(stderr=True)
-    names = engines.pick(args.engine or ["hf_paged"])
+    names = engines.pick("engine", args.engine or ["hf_paged"])
     limits = parse_limit(args.limit, names)
     options = engines.Options(
         batch_size=args.batch_size,
@@ -87,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
         **report.summarise(runs),
         "environment": report.environment(model, name),
     }
-    report.show(summary, Console())
+    Console().print(report.comparison(summary))
     if args.profile:
         summary["profile"] = profile.run(model, workload.items, options.paged, args.profile)
-        profile.show(summary["profile"], Console())
-    output.write(summary, args.json)
+        Console().print(profile.table(summary["profile"]))
+    report.write(summary, args.json)
     return 0
 
 

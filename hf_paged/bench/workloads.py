@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_paged.errors import ConfigError
+from hf_paged.params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Item:
 
     prompt_token_ids: list[int]
     max_tokens: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """How the engine is asked for them: the likeliest ones, and as many."""
+        return greedy(self.max_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,11 @@ class Workload:
     def output_tokens(self) -> int:
         """Tokens asked for, over all requests: the only ones that count as useful."""
         return sum(item.max_tokens for item in self.items)
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    """The likeliest tokens, whatever ends a text."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
 
 
 def ragged(vocab_size: int = 128256) -> Workload:
