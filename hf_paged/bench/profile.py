@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hf_paged.bench import report
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.flight import ChosenTokens
+from hf_paged.ledger import Ledger
 from hf_paged.llm import LLM
 
 # A trace of all steps of a long run would fill the memory. The first are prompts alone.
@@ -59,22 +59,12 @@ class Profiled:
         self._wall = 0.0
         self._began: float | None = None
         self._profiler: profile | None = None
-        self._undo = ExitStack()
+        self._changes = Ledger()
 
     def __enter__(self) -> Profiled:
         engine = self._engine
-        step = engine.step
-
-        def watched() -> Any:
-            self._turn()
-            began = time.perf_counter()
-            try:
-                return step()
-            finally:
-                self._spend("step", time.perf_counter() - began)
-
-        self._undo.enter_context(_replaced(engine, "step", watched))
         for part, owner, name in (
+            ("step", engine, "step"),
             ("schedule", engine.scheduler, "schedule"),
             ("build the batch", engine._builder, "build"),
             ("launch the forward", engine._runner, "forward"),
@@ -82,12 +72,12 @@ class Profiled:
             ("wait for the device", ChosenTokens, "wait"),
             ("land", engine, "_land"),
         ):
-            self._undo.enter_context(_replaced(owner, name, self._timed(part, getattr(owner, name))))
+            self._changes.set_attribute(owner, name, self._timed(part, getattr(owner, name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop()
-        self._undo.close()
+        self._changes.undo()
 
     def write(self, trace: Path) -> None:
         """Write what was seen in Chrome's trace format; nothing, if the run was over before."""
@@ -128,29 +118,18 @@ class Profiled:
             self._wall, self._began = time.perf_counter() - self._began, None
             self._profiler.stop()
 
-    def _spend(self, part: str, seconds: float) -> None:
-        if self._began is not None:
-            self._spent[part] += seconds
-
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if part == "step":
+                self._turn()
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._spend(part, time.perf_counter() - began)
+                if self._began is not None:
+                    self._spent[part] += time.perf_counter() - began
 
         return timed
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _busy(profiler: profile) -> float | None:

@@ -73,12 +73,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the server and print the figures. Exit status 1 if no request was served."""
-    if find_spec("aiohttp") is None:
-        raise ConfigError(
-            "bench serve needs aiohttp, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
-        )
-    if args.plot:
-        plot.check()
+    for what, library in {"bench serve": "aiohttp", **({"--plot": "matplotlib"} if args.plot else {})}.items():
+        if find_spec(library) is None:
+            raise ConfigError(
+                f"{what} needs {library}, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
+            )
     objective = figures.Objective.parse(args.slo)
     target.check_local(args.url, args.allow_remote)
     workload = choose(args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,20 @@ def run(args: argparse.Namespace) -> int:
         paged=paged_options(args.option),
         batching=parse_options(args.batching_option),
     )
-    model, name = _model(args)
+    model, called = _model(args)
     workload = workloads.load(args.workload, models.vocabulary(model))
     console.print(
         f"workload {workload.name}: {len(workload.items)} requests, {workload.prompt_tokens:,} prompt tokens, "
         f"{workload.output_tokens:,} tokens asked for; {args.repeats} runs of {', '.join(names)}, in turn"
     )
-    runs = compare(model, workload.items, names, args.repeats, limits, options, console)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for repeat, name in itertools.product(range(args.repeats), names):  # in turn: a machine's speed may drift
+        found = engines.measure(name, model, workload.items[: limits.get(name)], options)
+        runs[name].append(found)
+        console.print(
+            f"run {repeat + 1}/{args.repeats} {name}: {found.tokens:,} tokens in {found.seconds:.1f} s, "
+            f"{found.tokens_per_second:.1f} tok/s"
+        )
     summary: dict[str, Any] = {
         "benchmark": "throughput",
         "workload": workload.name,
@@ -85,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         "prompt_tokens": workload.prompt_tokens,
         "output_tokens": workload.output_tokens,
         **report.summarise(runs),
-        "environment": report.environment(model, name),
+        "environment": report.environment(model, called),
     }
     Console().print(report.comparison(summary))
     if args.profile:
@@ -93,28 +101,6 @@ def run(args: argparse.Namespace) -> int:
         Console().print(profile.table(summary["profile"]))
     report.write(summary, args.json)
     return 0
-
-
-def compare(
-    model: Any,
-    items: Sequence[workloads.Item],
-    names: Sequence[str],
-    repeats: int,
-    limits: Mapping[str, int],
-    options: engines.Options,
-    console: Console,
-) -> dict[str, list[Run]]:
-    """Each engine's runs. They take turns, so that a machine whose speed drifts is fair to all."""
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names:
-            found = engines.measure(name, model, items[: limits.get(name)], options)
-            runs[name].append(found)
-            console.print(
-                f"run {repeat + 1}/{repeats} {name}: {found.tokens:,} tokens in {found.seconds:.1f} s, "
-                f"{found.tokens_per_second:.1f} tok/s"
-            )
-    return runs
 
 
 def parse_limit(text: str | None, names: Sequence[str]) -> dict[str, int]:
