@@ -1,6 +1,6 @@
 """The data that the floors above share: cache specs, requests, steps and batches, and what is told of them.
 
-Who acts on it is in `protocols`.
+Who acts on it is in `protocols`, but for what a request itself carries.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import enum
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hf_paged.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
-
-    from hf_paged.protocols import Constraint, TokenSampler
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NULL_BLOCK = 0  # never handed out: tables point at it where nothing is kept
@@ -192,6 +190,42 @@ class Request:
         return self.status is Status.FINISHED
 
 
+@dataclasses.dataclass
+class Sampled:
+    """What a sampler made of a few rows of logits.
+
+    Attributes:
+        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
+        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
+    """
+
+    token_ids: Sequence[int | None]
+    stopped: Sequence[bool] | None = None
+
+
+class TokenSampler(Protocol):
+    """Turns logits into tokens for the requests that carry it. Called once a step with all of its rows."""
+
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
+        """Choose for each request from its row of `logits`, [rows, vocabulary] as the model gave them."""
+        ...
+
+
+class Constraint(Protocol):
+    """What one request's output has to be like, kept in step with its tokens; see the hook `constrain_request`."""
+
+    def advance(self, request: Request) -> bool:
+        """Take in the request's new tokens; called after each, and harmless when called again.
+
+        Returns:
+            Whether the output is complete: nothing can follow, and the request ends.
+
+        Raises:
+            whatever is to end this request alone.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Logprob:
     """The log-probability of a token under the raw distribution, its rank (1 is the most likely), and its text."""
@@ -331,19 +365,6 @@ class Batch:
     fresh_from: int
     sampling: Sequence[tuple[Scheduled, int]] = ()
     layout: Layout | None = None
-
-
-@dataclasses.dataclass
-class Sampled:
-    """What a sampler made of a few rows of logits.
-
-    Attributes:
-        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
-        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
-    """
-
-    token_ids: Sequence[int | None]
-    stopped: Sequence[bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from hf_paged.types import Request
-from hf_paged_structured.ahead import Ahead
-from hf_paged_structured.constraint import GrammarConstraint
+from hf_paged_structured.constraint import Ahead, GrammarConstraint
 
 
 class StructuredProcessor:
-    """See `LogitsProcessor`. One an engine.
+    """The logits processor of an engine; it changes logits in place.
 
     Attributes:
         needs_tokens: all earlier tokens of the requests that it concerns have to be known when it is called.
@@ -30,7 +29,6 @@ class StructuredProcessor:
         return isinstance(request.constraint, GrammarConstraint)
 
     def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        """See `LogitsProcessor.process`. In place."""
         rows, constraints = [], []
         for row, request in enumerate(requests):
             if isinstance(request.constraint, GrammarConstraint):

@@ -10,7 +10,7 @@ from hf_paged_triton.plan import TritonPlan
 
 
 class TritonBackend:
-    """See the package.
+    """The attention backend over `hf_paged_kernels`.
 
     Args:
         spec, block_size: of the cache that it will serve; on a GPU its kernels begin to compile at once.
@@ -32,7 +32,6 @@ class TritonBackend:
         return (num_blocks, block_size, num_heads, head_dim), 0
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
-        """See `AttentionBackend.plan`."""
         while self._compiling:
             self._compiling.pop().join()
         return TritonPlan(batch, cache, self.deterministic)

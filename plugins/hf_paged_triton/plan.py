@@ -46,7 +46,6 @@ class TritonPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `LayerPlan.run`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
@@ -68,7 +67,6 @@ class TritonPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `RotaryPlan.run_rotary`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         # Fresh rows read their keys where they are; all others from the cache.
         rotated: dict[str, Any] = {"key_out": key} if self._fresh else {}
