@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -41,9 +42,9 @@ def modules(folder: Path) -> list[Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[str]:
-    """What a module imports, wherever in it, but for type checkers alone: 'package.module', or 'hf_paged.Name'."""
-    for node in walk(ast.parse(path.read_text())):
+def imported(path: Path, *, for_type_checkers: bool = False) -> Iterator[str]:
+    """What a module imports, wherever in it: 'package.module', or 'hf_paged.Name'."""
+    for node in (ast.walk if for_type_checkers else walk)(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -53,12 +54,14 @@ def imported(path: Path) -> Iterator[str]:
                 yield name if is_module(name) or source == "hf_paged" else source
 
 
+def parts_of(path: Path) -> tuple[str, ...]:
+    home = next(folder for folder in (ROOT / "kernels", ROOT / "plugins", ROOT) if path.is_relative_to(folder))
+    return path.relative_to(home).with_suffix("").parts
+
+
 def package_of(path: Path, level: int) -> tuple[str, ...]:
     """The package that a relative import starts from; nothing for an absolute one."""
-    if level == 0:
-        return ()
-    home = next(folder for folder in (ROOT / "kernels", ROOT / "plugins", ROOT) if path.is_relative_to(folder))
-    return path.relative_to(home).parts[:-level]
+    return parts_of(path)[:-level] if level else ()
 
 
 def walk(node: ast.AST) -> Iterator[ast.AST]:
@@ -106,6 +109,15 @@ def test_a_module_imports_only_from_its_own_floor_and_below(path):
             assert FLOOR_OF[part] <= FLOOR_OF[own], f"{own} imports {name}, which lies above it"
         assert IMPORTER.get(package, own) == own, f"{own} imports {name}: that is for {IMPORTER[package]} alone"
         assert not package.startswith("hf_paged_") or package in IMPORTER, f"{own} imports the plugin {name}"
+
+
+LOWEST = [path for path in PACKAGE if part_at(path) in FLOORS[0]]
+
+
+@pytest.mark.parametrize("paths", [LOWEST, modules(ROOT / "plugins")], ids=["the lowest floor", "plugins"])
+def test_no_two_modules_need_each_other_even_for_type_checkers(paths):
+    needs = {".".join(parts_of(path)): {*imported(path, for_type_checkers=True)} for path in paths}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", modules(ROOT / "kernels"), ids=name_of)
