@@ -207,7 +207,7 @@ class Kernels(Protocol):
     """
 
     def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
-        """Whether a product of so many rows with that weight is made by a kernel that is compiled at its first use."""
+        """Whether a product of `tokens` rows with that weight takes a kernel that is compiled at its first use."""
         ...
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:

@@ -117,7 +117,7 @@ class Request:
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
         token_ids: prompt and output so far, as far as the host knows them.
-        num_ahead: tokens after those that steps under way have chosen, and that are on the device alone.
+        num_ahead: tokens after those, sampled by steps in flight and not yet on the host.
         num_computed: tokens, of both kinds, that have keys and values in the cache.
         runs_ahead: whether its next step can be launched before the host knows the token of the last one.
         limit: most tokens that it may ever have, prompt and output.
@@ -196,7 +196,7 @@ class Sampled:
 
     Attributes:
         token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
-        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
+        stopped: for each row, whether it ends with this token; None: the sampler doesn't decide that.
     """
 
     token_ids: Sequence[int | None]
@@ -343,8 +343,8 @@ class Batch:
         seq_lens: int32 [R], tokens of each row that have keys after this step.
         slot_mapping: for each cache group int64 [T]: block id × block size + offset, where a token's keys are written.
         block_tables: for each cache group int32 [R, most blocks], padded with the null block.
-        logits_indices: int64 [S], the flat tokens whose logits are wanted, each once; with a layout as many as it has
-            rows, some of them others'.
+        logits_indices: int64 [S], the flat tokens whose logits are wanted, each once; with a layout padded to
+            `layout.rows`, where logits of the extra entries are ignored.
         row_starts: `query_start_loc` on the host.
         num_decode: leading rows of one token.
         fresh_from: the first of the last rows, those that read no key of an earlier step.

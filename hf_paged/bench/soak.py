@@ -95,7 +95,7 @@ class Soak:
     """Keeps an engine busy, and counts.
 
     Args:
-        engine: nobody else's.
+        engine: with no other requests.
         in_flight: requests at a time.
         cancel: the share of them that is cancelled, each after a random number of tokens.
     """
@@ -114,7 +114,7 @@ class Soak:
         self._answers = [self._alone(prompt) for prompt in tqdm(self._prompts, "answers alone", unit="req")]
 
     def run(self, count: int) -> None:
-        """Run so many requests."""
+        """Run `count` requests."""
         waiting = self._requests(count)
         running: set[Request] = set()
         every = max(1, count // SAMPLES)
@@ -124,7 +124,7 @@ class Soak:
                 while len(running) < self._in_flight and (request := next(waiting, None)) is not None:
                     running.add(request)
                     self._engine.add(request)
-                if not self._engine.has_work:  # whoever is running yet was lost
+                if not self._engine.has_work:  # requests still in `running` were lost
                     return
                 self._engine.step()
                 self._cancel_some(running)

@@ -1,4 +1,4 @@
-"""`hf-paged bench throughput`: the same requests for each engine, in turn, as often as asked."""
+"""`hf-paged bench throughput`: the same requests for each engine, the engines taking turns."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         f"{workload.output_tokens:,} tokens asked for; {args.repeats} runs of {', '.join(names)}, in turn"
     )
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    for repeat, name in itertools.product(range(args.repeats), names):  # in turn: a machine's speed may drift
+    for repeat, name in itertools.product(range(args.repeats), names):  # taking turns: a machine's speed may drift
         found = engines.measure(name, model, workload.items[: limits.get(name)], options)
         runs[name].append(found)
         console.print(

@@ -66,7 +66,7 @@ def ragged(vocab_size: int = 128256) -> Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Requests of one length: so many, of so many prompt tokens and new ones."""
+    """Requests of one length: their number, and the prompt and output tokens of each."""
 
     requests: int
     prompt: int

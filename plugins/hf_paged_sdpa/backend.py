@@ -140,7 +140,7 @@ class SDPAPlan:
 
 
 class OneByOne(SDPAPlan):
-    """The same with each query for itself, over a copy of its keys: nothing tells in which step it came, and where."""
+    """Deterministic mode: one query at a time over copied keys, so results don't depend on batching or chunking."""
 
     exact = True
 

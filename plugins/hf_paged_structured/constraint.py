@@ -78,7 +78,7 @@ class Ahead:
     """Computes what it is asked for in the order of asking, as many at a time as have come in.
 
     The engine's thread asks and waits; the thread here works. A request's mask is asked for when its token is known, so
-    it is computed while the engine sees to the other requests, schedules the next step and runs its forward.
+    it is computed while the engine handles the other requests, schedules the next step and runs its forward.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class Ahead:
                     return
             try:
                 self.compute(batch)
-            except BaseException as error:  # whatever it is: nobody may wait for ever
+            except BaseException as error:  # of any kind: `wait_for` has to return
                 for constraint in batch:
                     constraint.error = RuntimeError(f"no mask could be computed: {error}")
             with self._changed:

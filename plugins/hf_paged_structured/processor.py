@@ -44,7 +44,7 @@ class StructuredProcessor:
         if self._ahead is None:
             self._ahead = Ahead()
         constraint.ahead = self._ahead
-        constraint.catch_up(request)  # one that resumes begins with tokens that nobody told it of
+        constraint.catch_up(request)  # a resumed request begins with output tokens
 
     def _compute(self, constraints: Sequence[GrammarConstraint]) -> None:
         """Every constraint has its mask then: those not computed ahead are computed now."""
@@ -52,7 +52,7 @@ class StructuredProcessor:
         self._ahead.wait_for(constraints)
         self._ahead.compute([c for c in constraints if c.mask is None and c.error is None])
         for constraint in constraints:
-            if constraint.mask is None:  # its error ends it at its next token, whichever that is
+            if constraint.mask is None:  # any token may follow: its error ends the request then
                 constraint.mask = np.full(constraint.words, -1, dtype=np.int32)
 
 

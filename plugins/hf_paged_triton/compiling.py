@@ -35,7 +35,7 @@ def _run(kind: Callable[[LayerSpec, _Zeros], object], layer: LayerSpec, spec: Ca
     try:
         with torch.no_grad(), torch.cuda.device(spec.device):
             kind(layer, _Zeros(layer, spec, block_size))
-    except Exception:  # the step that needs this kernel says so, to somebody
+    except Exception:  # the step that needs this kernel raises it
         logger.debug("a kernel was not compiled ahead", exc_info=True)
 
 

@@ -135,7 +135,7 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 def _workspaces(rows: Stretch, cache: KVCache) -> dict[LayerSpec, torch.Tensor]:
-    """For each kind of layer a workspace with the step's decode work list: made anew each step, and zeroed.
+    """For each kind of layer a workspace with the step's decode work list: allocated for each step, and zeroed.
 
     What torch's allocator keeps serves the next step, so that this costs a launch a kind of layer; and nothing is left
     behind that a step of another number of rows, or on another stream, might trip over.

@@ -10,7 +10,7 @@ from torch.nn import functional
 from hf_paged.types import Batch
 
 TABLE_STEP = 16
-# Below so many tokens, prompts are read through their block tables too: that costs 3 % of their attention on an H100,
+# With fewer tokens, prompts are read through their block tables too: that costs 3 % of their attention on an H100,
 # and saves the compilation of a second kernel, seconds, before a first answer.
 FRESH_TOKENS = 2048
 

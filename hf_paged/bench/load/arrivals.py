@@ -1,4 +1,4 @@
-"""When requests are sent: at a rate, whatever the server does (open loop), or so many at a time (closed loop)."""
+"""When requests are sent: at a rate, whatever the server does (open loop), or N at a time (closed loop)."""
 
 from __future__ import annotations
 
