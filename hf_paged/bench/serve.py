@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hf_paged.arguments import at_least_one
+from hf_paged.arguments import at_least_one, number
 from hf_paged.bench import report, workloads
 from hf_paged.bench.load import arrivals, figures, plot, target
 from hf_paged.bench.load.client import Timed, complete
@@ -44,8 +44,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="the name to ask for (default: the first that the server lists)")
     parser.add_argument("--api-key", default=os.environ.get(KEY), help=f"default: the environment variable {KEY}")
+    rate = number("requests a second, above 0 (inf: all at once)", lambda value: value > 0)
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--rate", type=_rate, metavar="R", help="open loop: Poisson arrivals, R requests a second")
+    loop.add_argument("--rate", type=rate, metavar="R", help="open loop: Poisson arrivals, R requests a second")
     loop.add_argument("--concurrency", type=at_least_one, metavar="N", help="closed loop: N requests at a time")
     parser.add_argument(
         "--workload", default="random", help="random, A, cpu, or a file of JSON lines (default: random)"
@@ -197,16 +198,6 @@ def _load_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.concurrency:
         return {"loop": "closed", "concurrency": args.concurrency}
     return {"loop": "open", "rate": None if args.rate in (None, float("inf")) else args.rate}
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be requests a second, above 0 (inf: all at once), got {text!r}")
-    return value
 
 
 def _length(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
+from hf_paged.arguments import add_model_options, add_options, at_least_one, number, paged_options
 from hf_paged.bench import models, report
 from hf_paged.bench.workloads import greedy
 from hf_paged.engine.engine import Engine
@@ -44,7 +44,8 @@ def add_parser(subparsers: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--requests", type=at_least_one, default=20_000, help="default: %(default)s")
     parser.add_argument("--in-flight", type=at_least_one, default=200, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--cancel", type=_share, default=0.1, help="share of them cancelled (default: %(default)s)")
+    share = number("a share between 0 and 1", lambda value: 0 <= value <= 1)
+    parser.add_argument("--cancel", type=share, default=0.1, help="share of them cancelled (default: %(default)s)")
     add_options(parser)
     report.add_json(parser)
     parser.set_defaults(run=run)
@@ -184,16 +185,6 @@ class Soak:
         self.memory["host"].append(psutil.Process().memory_info().rss)
         if "device" in self.memory:
             self.memory["device"].append(torch.cuda.memory_allocated(self._engine.model.spec.device))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, got {text!r}")
-    return value
 
 
 def _is_flat(seen: Sequence[int]) -> bool:

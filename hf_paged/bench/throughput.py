@@ -40,9 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repeats", type=at_least_one, default=3, help="runs of each engine (default: 3)")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="rows of a static batch (default: 8)")
     parser.add_argument(
-        "--limit",
-        metavar="N|ENGINE=N[,…]",
-        help="only the first N requests, for every engine or for the named ones",
+        "--limit", metavar="N|ENGINE=N[,…]", help="only the first N requests, for every engine or for the named ones"
     )
     add_options(parser)
     parser.add_argument(
@@ -67,11 +65,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     names = engines.pick("engine", args.engine or ["hf_paged"])
     limits = parse_limit(args.limit, names)
-    options = engines.Options(
-        batch_size=args.batch_size,
-        paged=paged_options(args.option),
-        batching=parse_options(args.batching_option),
-    )
+    options = engines.Options(args.batch_size, paged_options(args.option), parse_options(args.batching_option))
     model, called = _model(args)
     workload = workloads.load(args.workload, models.vocabulary(model))
     console.print(
