@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import hf_paged
 from hf_paged import plugins
 from hf_paged.arguments import paged_options
 from hf_paged.config import PagedConfig
 from hf_paged.errors import HFPagedError
+from hf_paged.hf.patch import patch
 
 USAGE = """usage: python -m hf_paged [--option NAME=VALUE …] SCRIPT [ARGS …]
        python -m hf_paged [--option NAME=VALUE …] -m MODULE [ARGS …]
@@ -65,7 +65,7 @@ def _checked(pairs: Sequence[str]) -> dict[str, Any]:
 def _run_module(program: Sequence[str], options: dict[str, Any]) -> int:
     if not program:
         return _fail("-m needs the name of a module")
-    hf_paged.patch(**options)
+    patch(**options)
     # runpy alone suffices: sys.path[0] is the working directory already, as under `python -m`.
     sys.argv = list(program)
     runpy.run_module(program[0], run_name="__main__", alter_sys=True)
@@ -78,7 +78,7 @@ def _run_script(program: Sequence[str], options: dict[str, Any]) -> int:
         return _fail(f"unknown option {script!r}")
     if not os.path.exists(script):
         return _fail(f"there is no script {script!r} in {os.getcwd()!r}")
-    hf_paged.patch(**options)
+    patch(**options)
     sys.argv = list(program)
     if os.path.isfile(script):
         sys.path[0] = os.path.dirname(os.path.abspath(script))  # as `python SCRIPT` has it; run_path sets no such thing

@@ -10,14 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import hf_paged
 from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import add_model_options, add_options, paged_options
-from hf_paged.bench import kernels, latency, logprobs, models, serve, soak, throughput
+from hf_paged.bench import kernels, latency, logprobs, serve, soak, throughput
+from hf_paged.bench.demo import commands
 from hf_paged.config import PagedConfig
-from hf_paged.demo import commands
 from hf_paged.errors import HFPagedError
+from hf_paged.hf.explain import explain
+from hf_paged.hf.load import model_for
 from hf_paged.server.commands import add_chat_parser, add_serve_parser
 
 
@@ -89,7 +90,7 @@ def _add_plugins_parser(subparsers: Any) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     options = paged_options(args.option)
-    explanation = hf_paged.explain(models.load(args.model, args.device, args.dtype), **options)
+    explanation = explain(model_for(args.model, args.device, args.dtype), **options)
     print(explanation)
     return 0 if explanation.path != "stock" else 1
 

@@ -120,7 +120,6 @@ class _Process:
         return self._process.poll() is None
 
     def ask(self, frame: bytes, seconds: float, cancelled: threading.Event | None = None) -> bytes:
-        """See `Pool.ask`."""
         wait = functools.partial(_wait, time.monotonic() + seconds, cancelled or threading.Event())
         try:
             self._write(_QUESTION.pack(len(frame), 2 * math.ceil(seconds)) + frame, wait)

@@ -212,7 +212,7 @@ def made(what: str, name: str, factory: Callable[..., Any], *arguments: Any) -> 
 
 
 def constrain(manager: pluggy.PluginManager, request: Request, tokenizer: Any) -> None:
-    """Have a plugin see to a request's structured outputs; does nothing for a request without.
+    """Have a plugin constrain a request that asks for structured outputs; does nothing for others.
 
     Raises:
         ConfigError: no plugin does, or one lacks something it needs.

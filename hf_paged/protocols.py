@@ -11,7 +11,8 @@ calls from the thread that steps it, and at one of these paces:
 - once a layer: `LayerPlan.run`, `RotaryPlan.run_rotary`, `Kernels`
 - once for each block freed: `CachePolicy`
 
-None of the others is called once a token. Data is in `types`, which imports nothing of this.
+None of the others is called once a token. Data is in `types`, and with it what a request carries: `TokenSampler` and
+`Constraint`. It imports nothing of this.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from hf_paged.types import Batch, CacheSpec, Request, Sampled, StepStats
+from hf_paged.types import Batch, CacheSpec, Request, StepStats
+from hf_paged.types import Constraint as Constraint
+from hf_paged.types import TokenSampler as TokenSampler
 
 if TYPE_CHECKING:
     import torch
@@ -82,30 +85,17 @@ class AttentionBackend(Protocol):
 
     Attributes:
         prefer_runs: whether a request's blocks should lie in a row where they can.
-        kernels: what computes the parts around attention, or None: the model's own modules do.
-        sampling: what chooses tokens, or None: torch does.
-        deterministic: whether a token's results, those of `kernels` too, have the same bits whatever else is in the
-            batch, and however its row is cut in steps. Backends that don't say aren't.
-        captures: whether a plan's launches may be captured in a CUDA graph and serve any batch of its layout: they read
-            lengths, tables and slots from the batch's tensors alone.
+
+    Four more attributes are optional; a backend without one is taken to have the value in brackets:
+        kernels (None): `Kernels` for the parts around attention; None: the model's own modules compute them.
+        sampling (None): `SamplingKernels`; None: torch chooses tokens.
+        deterministic (False): whether a token's results, those of `kernels` too, have the same bits whatever else is
+            in the batch, and however its row is cut in steps.
+        captures (False): whether a plan's launches may be captured in a CUDA graph and serve any batch of its layout:
+            they read lengths, tables and slots from the batch's tensors alone.
     """
 
     prefer_runs: bool
-
-    @property
-    def kernels(self) -> Kernels | None:
-        """See the class."""
-        ...
-
-    @property
-    def sampling(self) -> SamplingKernels | None:
-        """See the class."""
-        ...
-
-    @property
-    def captures(self) -> bool:
-        """See the class."""
-        ...
 
     def kv_layout(self, num_blocks: int, block_size: int, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], int]:
         """The shape of one layer's key (or value) pool, and the dimension in it that counts blocks."""
@@ -188,14 +178,6 @@ class CachePolicy(Protocol):
         ...
 
 
-class TokenSampler(Protocol):
-    """Turns logits into tokens for the requests that carry it. Called once a step with all of its rows."""
-
-    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """Choose for each request from its row of `logits`, [rows, vocabulary] as the model gave them."""
-        ...
-
-
 class SamplingKernels(Protocol):
     """Choosing tokens on the device."""
 
@@ -225,7 +207,7 @@ class Kernels(Protocol):
     """
 
     def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
-        """Whether a product of so many rows with that weight is made by a kernel that is compiled at its first use."""
+        """Whether a product of `tokens` rows with that weight takes a kernel that is compiled at its first use."""
         ...
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -265,21 +247,6 @@ class LogitsProcessor(Protocol):
 
     def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
         """New logits [rows, vocabulary], float32; may change them in place."""
-        ...
-
-
-class Constraint(Protocol):
-    """What one request's output has to be like, kept in step with its tokens; see the hook `constrain_request`."""
-
-    def advance(self, request: Request) -> bool:
-        """Take in the request's new tokens; called after each, and harmless when called again.
-
-        Returns:
-            Whether the output is complete: nothing can follow, and the request ends.
-
-        Raises:
-            whatever is to end this request alone.
-        """
         ...
 
 

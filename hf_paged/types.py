@@ -1,6 +1,6 @@
 """The data that the floors above share: cache specs, requests, steps and batches, and what is told of them.
 
-Who acts on it is in `protocols`.
+Who acts on it is in `protocols`, but for what a request itself carries.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import enum
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hf_paged.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
-
-    from hf_paged.protocols import Constraint, TokenSampler
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 NULL_BLOCK = 0  # never handed out: tables point at it where nothing is kept
@@ -119,7 +117,7 @@ class Request:
         stop_check: called after each new token; returns the reason to stop (a string or an id), or None to go on.
 
         token_ids: prompt and output so far, as far as the host knows them.
-        num_ahead: tokens after those that steps under way have chosen, and that are on the device alone.
+        num_ahead: tokens after those, sampled by steps in flight and not yet on the host.
         num_computed: tokens, of both kinds, that have keys and values in the cache.
         runs_ahead: whether its next step can be launched before the host knows the token of the last one.
         limit: most tokens that it may ever have, prompt and output.
@@ -190,6 +188,42 @@ class Request:
     def finished(self) -> bool:
         """Whether the engine is done with it."""
         return self.status is Status.FINISHED
+
+
+@dataclasses.dataclass
+class Sampled:
+    """What a sampler made of a few rows of logits.
+
+    Attributes:
+        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
+        stopped: for each row, whether it ends with this token; None: the sampler doesn't decide that.
+    """
+
+    token_ids: Sequence[int | None]
+    stopped: Sequence[bool] | None = None
+
+
+class TokenSampler(Protocol):
+    """Turns logits into tokens for the requests that carry it. Called once a step with all of its rows."""
+
+    def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
+        """Choose for each request from its row of `logits`, [rows, vocabulary] as the model gave them."""
+        ...
+
+
+class Constraint(Protocol):
+    """What one request's output has to be like, kept in step with its tokens; see the hook `constrain_request`."""
+
+    def advance(self, request: Request) -> bool:
+        """Take in the request's new tokens; called after each, and harmless when called again.
+
+        Returns:
+            Whether the output is complete: nothing can follow, and the request ends.
+
+        Raises:
+            whatever is to end this request alone.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,8 +343,8 @@ class Batch:
         seq_lens: int32 [R], tokens of each row that have keys after this step.
         slot_mapping: for each cache group int64 [T]: block id × block size + offset, where a token's keys are written.
         block_tables: for each cache group int32 [R, most blocks], padded with the null block.
-        logits_indices: int64 [S], the flat tokens whose logits are wanted, each once; with a layout as many as it has
-            rows, some of them others'.
+        logits_indices: int64 [S], the flat tokens whose logits are wanted, each once; with a layout padded to
+            `layout.rows`, where logits of the extra entries are ignored.
         row_starts: `query_start_loc` on the host.
         num_decode: leading rows of one token.
         fresh_from: the first of the last rows, those that read no key of an earlier step.
@@ -331,19 +365,6 @@ class Batch:
     fresh_from: int
     sampling: Sequence[tuple[Scheduled, int]] = ()
     layout: Layout | None = None
-
-
-@dataclasses.dataclass
-class Sampled:
-    """What a sampler made of a few rows of logits.
-
-    Attributes:
-        token_ids: a token for each row, or None where the row is handed out and waits for `Engine.push`.
-        stopped: for each row, whether it ends with this token; None: nobody asks the sampler.
-    """
-
-    token_ids: Sequence[int | None]
-    stopped: Sequence[bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

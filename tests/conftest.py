@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as a directory for from_pretrained; fetched and converted once a machine (a minute)."""
-    from hf_paged.demo import smollm2
+    from hf_paged.bench.demo import smollm2
 
     return smollm2.ensure()
 

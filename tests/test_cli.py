@@ -17,7 +17,7 @@ import zoo
 from hf_paged import __main__, cli, hookimpl, plugins
 from hf_paged._version import __version__
 from hf_paged.arguments import paged_options
-from hf_paged.demo import smollm2
+from hf_paged.bench.demo import smollm2
 from hf_paged.errors import HFPagedError
 
 

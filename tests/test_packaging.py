@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -23,11 +24,12 @@ FLOORS = (
     {"engine", "plugins", "text"},
     {"hf"},
     {"llm", "llm_requests", "vllm_names"},
-    {"arguments", "bench", "demo", "server", "cli", "__main__"},
+    {"arguments", "server"},
+    {"bench", "cli", "__main__"},
 )
-TOP = FLOORS[-1]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-SEAM = {"accelerate", "peft", "transformers"}
+# The one part of hf_paged that may import a library. Kernels are the plugins', and measured by the benchmarks.
+IMPORTER = {"accelerate": "hf", "peft": "hf", "transformers": "hf", "fastapi": "server", "hf_paged_kernels": "bench"}
 PUBLIC_MODULES = {f"hf_paged.{name}" for name in ("config", "disposable", "errors", "params", "protocols", "types")}
 
 
@@ -40,9 +42,9 @@ def modules(folder: Path) -> list[Path]:
     return found
 
 
-def imported(path: Path) -> Iterator[str]:
-    """What a module imports, wherever in it, but for type checkers alone: 'package.module', or 'hf_paged.Name'."""
-    for node in walk(ast.parse(path.read_text())):
+def imported(path: Path, *, for_type_checkers: bool = False) -> Iterator[str]:
+    """What a module imports, wherever in it: 'package.module', or 'hf_paged.Name'."""
+    for node in (ast.walk if for_type_checkers else walk)(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -52,12 +54,14 @@ def imported(path: Path) -> Iterator[str]:
                 yield name if is_module(name) or source == "hf_paged" else source
 
 
+def parts_of(path: Path) -> tuple[str, ...]:
+    home = next(folder for folder in (ROOT / "kernels", ROOT / "plugins", ROOT) if path.is_relative_to(folder))
+    return path.relative_to(home).with_suffix("").parts
+
+
 def package_of(path: Path, level: int) -> tuple[str, ...]:
     """The package that a relative import starts from; nothing for an absolute one."""
-    if level == 0:
-        return ()
-    home = next(folder for folder in (ROOT / "kernels", ROOT / "plugins", ROOT) if path.is_relative_to(folder))
-    return path.relative_to(home).parts[:-level]
+    return parts_of(path)[:-level] if level else ()
 
 
 def walk(node: ast.AST) -> Iterator[ast.AST]:
@@ -101,15 +105,19 @@ def test_a_module_imports_only_from_its_own_floor_and_below(path):
         package = name.split(".")[0]
         if package == "hf_paged":
             part = part_of(name)
-            if part == "hf_paged":
-                assert own in TOP, f"{name} is a public name, which only the top floor may take from the package"
-            else:
-                assert FLOOR_OF[part] <= FLOOR_OF[own], f"{own} imports {name}, which lies above it"
-        assert package not in SEAM or own == "hf" or own in TOP, f"{own} imports {package}: that is hf's alone"
-        if package == "hf_paged_kernels":
-            assert own == "bench", f"{own} imports {name}: kernels are the plugins', and measured by the benchmarks"
-        else:
-            assert not package.startswith(("hf_paged_", "fastapi")) or own == "server", f"{own} imports {name}"
+            assert part != "hf_paged", f"{own} imports {name} from the package: import the module that it is in"
+            assert FLOOR_OF[part] <= FLOOR_OF[own], f"{own} imports {name}, which lies above it"
+        assert IMPORTER.get(package, own) == own, f"{own} imports {name}: that is for {IMPORTER[package]} alone"
+        assert not package.startswith("hf_paged_") or package in IMPORTER, f"{own} imports the plugin {name}"
+
+
+LOWEST = [path for path in PACKAGE if part_at(path) in FLOORS[0]]
+
+
+@pytest.mark.parametrize("paths", [LOWEST, modules(ROOT / "plugins")], ids=["the lowest floor", "plugins"])
+def test_no_two_modules_need_each_other_even_for_type_checkers(paths):
+    needs = {".".join(parts_of(path)): {*imported(path, for_type_checkers=True)} for path in paths}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", modules(ROOT / "kernels"), ids=name_of)
@@ -189,6 +197,9 @@ def test_the_wheel_holds_its_packages_and_nothing_else(tmp_path):
         for path in modules(ROOT / folder):
             assert str(path.relative_to((ROOT / folder).parent)) in names
     assert {"hf_paged/py.typed", "hf_paged_dashboard/page.html"} <= set(names)
+    results = ROOT / "hf_paged" / "bench" / "results"  # of benchmarks: for readers of the repository alone
+    assert any(results.glob("*.json"))
+    assert not [name for name in names if name.startswith("hf_paged/bench/results")]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "hf-paged = hf_paged.cli:main" in entry_points
 

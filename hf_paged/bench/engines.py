@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hf_paged.bench import static
-from hf_paged.bench.kv import KVUse, between, written
-from hf_paged.bench.run import Run
+from hf_paged.bench.run import KVUse, Run, written
 from hf_paged.bench.workloads import Item
 from hf_paged.errors import ConfigError, HFPagedError
 from hf_paged.hf import compat
+from hf_paged.hf.patch import paged
+from hf_paged.llm import LLM
 
 Serve = Callable[[Sequence[Item]], Run]
 
@@ -43,52 +44,34 @@ class Options:
 @contextmanager
 def hf_paged_engine(model: Any, options: Options) -> Iterator[Serve]:
     """`hf_paged.LLM` over the live model."""
-    from hf_paged import LLM, SamplingParams
+    with LLM(model, skip_tokenizer_init=True, **options.paged) as llm:
+        llm.warm_up()
 
-    llm = LLM(model, skip_tokenizer_init=True, **options.paged)
-    llm.warm_up()
+        def serve(items: Sequence[Item]) -> Run:
+            prompts, params = [item.prompt_token_ids for item in items], [item.params for item in items]
+            before, began = llm.stats, time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - began
+            tokens = [list(output.outputs[0].token_ids) for output in outputs]
+            return Run(seconds, tokens, KVUse.between(before, llm.stats))
 
-    def serve(items: Sequence[Item]) -> Run:
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=item.max_tokens, ignore_eos=True, detokenize=False)
-            for item in items
-        ]
-        prompts = [{"prompt_token_ids": item.prompt_token_ids} for item in items]
-        before = llm.stats
-        began = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - began
-        return Run(seconds, [list(output.outputs[0].token_ids) for output in outputs], between(before, llm.stats))
-
-    try:
         yield serve
-    finally:
-        llm.close()
 
 
 @contextmanager
 def patched_engine(model: Any, options: Options) -> Iterator[Serve]:
     """`model.generate()` of the patched model: a call for all requests of the same output length."""
-    from hf_paged import paged
-    from hf_paged.hf.handle import patched
-
-    with paged(model, **{"keep_pool": True, "on_unsupported": "error", **options.paged}):
-        handle = patched(model)
-        assert handle is not None
+    with paged(model, **{"keep_pool": True, "on_unsupported": "error", **options.paged}) as handle:
 
         def serve(items: Sequence[Item]) -> Run:
-            by_length: dict[int, list[int]] = {}
-            for index, item in enumerate(items):
-                by_length.setdefault(item.max_tokens, []).append(index)
-            before = handle.stats
+            before, began = handle.stats, time.perf_counter()
             outputs: dict[int, list[int]] = {}
-            began = time.perf_counter()
-            for length, members in by_length.items():
-                inputs = static.left_pad([items[index].prompt_token_ids for index in members], 0, model.device)
-                rows = model.generate(**inputs, **static.greedy(length, pad=0))
-                outputs.update(zip(members, rows[:, -length:].tolist(), strict=True))
+            for length in dict.fromkeys(item.max_tokens for item in items):
+                members = [index for index, item in enumerate(items) if item.max_tokens == length]
+                rows, _ = static.generate(model, [items[index] for index in members], pad=0)
+                outputs.update(zip(members, rows, strict=True))
             seconds = time.perf_counter() - began
-            return Run(seconds, [outputs[index] for index in range(len(items))], between(before, handle.stats))
+            return Run(seconds, [outputs[index] for index in range(len(items))], KVUse.between(before, handle.stats))
 
         yield serve
 
@@ -106,23 +89,16 @@ def generate_batch_engine(model: Any, options: Options) -> Iterator[Serve]:
 
     `generate_batch` itself gives every request the same number of new tokens; its manager takes one for each.
     """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
     settings = {**(BATCHING_ON_CPU if model.device.type == "cpu" else {}), **options.batching}
-    config = ContinuousBatchingConfig(**settings)
-    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
-    attention = model.config._attn_implementation
-    try:
-        configs = {"generation_config": generation, "continuous_batching_config": config}
-        with model.continuous_batching_context_manager(**configs) as manager:
-            yield lambda items: _batched(manager, items)
-    finally:
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+    with compat.continuous_batching(model, **settings) as manager:
+        yield lambda items: _batched(manager, items)
 
 
 def _batched(manager: Any, items: Sequence[Item]) -> Run:
-    """Hand all requests to Transformers' batching manager, and wait for all of them."""
+    """Hand all requests to Transformers' batching manager, and wait for all of them.
+
+    KV slots reserved are by its page size, from its documentation; the pool's bytes are measured.
+    """
     began = time.perf_counter()
     names = [manager.add_request(item.prompt_token_ids, max_new_tokens=item.max_tokens) for item in items]
     results: dict[str, list[int]] = {}
@@ -136,15 +112,11 @@ def _batched(manager: Any, items: Sequence[Item]) -> Run:
         elif result.is_finished():
             results[result.request_id] = list(result.generated_tokens)
     seconds = time.perf_counter() - began
-    return Run(seconds, [results[name] for name in names], _batched_kv(manager, items))
-
-
-def _batched_kv(manager: Any, items: Sequence[Item]) -> KVUse:
-    """Reserved by its page size, from its documentation; the pool's bytes are measured."""
     page, tensors = compat.continuous_batching_pool(manager)
     lengths = [written(len(item.prompt_token_ids), item.max_tokens) for item in items]
-    pool = sum(tensor.nbytes for tensor in tensors)
-    return KVUse(sum(-(-length // page) * page for length in lengths), sum(lengths), pool)
+    reserved = sum(-(-length // page) * page for length in lengths)
+    kv = KVUse(reserved, sum(lengths), sum(tensor.nbytes for tensor in tensors))
+    return Run(seconds, [results[name] for name in names], kv)
 
 
 ENGINES: dict[str, Callable[[Any, Options], AbstractContextManager[Serve]]] = {
@@ -155,16 +127,16 @@ ENGINES: dict[str, Callable[[Any, Options], AbstractContextManager[Serve]]] = {
 }
 
 
-def pick(names: Sequence[str]) -> list[str]:
-    """The engines' names, from arguments that may hold several, comma separated; each once, in order.
+def pick(what: str, names: Sequence[str], known: Iterable[str] = ENGINES) -> list[str]:
+    """The names of engines or the like, from arguments that may hold several, comma separated; each once, in order.
 
     Raises:
         ConfigError: one is unknown.
     """
     found = [name for argument in names for name in argument.split(",") if name]
     for name in found:
-        if name not in ENGINES:
-            raise ConfigError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")
+        if name not in known:
+            raise ConfigError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     return list(dict.fromkeys(found))
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import engines, models, output, report
-from hf_paged.bench.workloads import UNIFORM, Item, Uniform
+from hf_paged.bench import engines, models, report
+from hf_paged.bench.workloads import UNIFORM, Uniform, greedy
 from hf_paged.errors import ConfigError
+from hf_paged.llm import LLM
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,53 +31,49 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--workload", default="B,C,D,E", help=f"some of {known} (default: all); none: the time to the first token alone"
     )
-    parser.add_argument("--engine", default="hf_paged", help=f"one of {', '.join(engines.ENGINES)}")
+    parser.add_argument("--engine", choices=engines.ENGINES, default="hf_paged", help="default: %(default)s")
     parser.add_argument("--model", help="name or directory (default: a random 8B model)")
     add_model_options(parser)
     parser.add_argument("--repeats", type=at_least_one, default=3, help="runs of each workload (default: 3)")
     add_options(parser)
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the workloads and print what was measured."""
-    console = Console(stderr=True)
-    (engine,) = engines.pick([args.engine])
-    workloads = _pick(args.workload)
-    if not workloads and engine != "hf_paged":
+    ours = args.engine == "hf_paged"
+    workloads = engines.pick("workload", [name for name in args.workload.split(",") if name != "none"], UNIFORM)
+    if not workloads and not ours:
         raise ConfigError(
-            f"--workload none times hf_paged's first token; of --engine {engine} there is nothing to time"
+            f"--workload none times hf_paged's first token; of --engine {args.engine} there is nothing to time"
         )
     model, name = models.load_or_8b(args)
     options = engines.Options(batch_size=64, paged=paged_options(args.option))
-    first = None
-    if engine == "hf_paged":
-        first = time_to_first_token(model, options)
-        console.print(f"from the model on its device to the first token of B: {first:.2f} s")
-    measured = measure(model, engine, workloads, args.repeats, options) if workloads else {}
+    first = round(time_to_first_token(model, options), 3) if ours else None
+    if first is not None:
+        Console(stderr=True).print(f"from the model on its device to the first token of B: {first:.2f} s")
+    measured = measure(model, args.engine, workloads, args.repeats, options) if workloads else {}
+    Console().print(_table(measured))
     summary = {
         "benchmark": "latency",
-        "engine": engine,
-        "seconds_to_first_token": first and round(first, 3),
+        "engine": args.engine,
+        "seconds_to_first_token": first,
         "workloads": measured,
         "environment": report.environment(model, name),
     }
-    _show(measured, Console())
-    output.write(summary, args.json)
+    report.write(summary, args.json)
     return 0
 
 
 def time_to_first_token(model: Any, options: engines.Options) -> float:
     """Seconds from a model on its device to the first token of workload B, the engine built on the way."""
-    from hf_paged import LLM, SamplingParams
-
-    (item,) = UNIFORM["B"].items(_vocabulary(model), seed=-1)
+    (item,) = UNIFORM["B"].items(models.vocabulary(model), seed=-1)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     began = time.perf_counter()
     with LLM(model, skip_tokenizer_init=True, **options.paged) as llm:
-        llm.generate([item.prompt_token_ids], SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+        llm.generate([item.prompt_token_ids], greedy(1), use_tqdm=False)
         return time.perf_counter() - began
 
 
@@ -104,30 +101,13 @@ def _value(serve: engines.Serve, shape: Uniform, model: Any, seed: int) -> float
 
 
 def _run(serve: engines.Serve, shape: Uniform, model: Any, seed: int, output: int | None = None) -> float:
-    items: list[Item] = shape.items(_vocabulary(model), seed, output)
-    return serve(items).seconds
+    return serve(shape.items(models.vocabulary(model), seed, output)).seconds
 
 
-def _vocabulary(model: Any) -> int:
-    return model.get_input_embeddings().num_embeddings
-
-
-def _pick(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name and text != "none"]
-    for name in names:
-        if name not in UNIFORM:
-            raise ConfigError(f"unknown workload {name!r}; known are {', '.join(UNIFORM)}")
-    return names
-
-
-def _show(measured: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title="latency")
-    for column in ("workload", "requests", "prompt", "new", "median", "unit", "all runs"):
-        table.add_column(column, justify="left" if column in ("workload", "unit") else "right")
+def _table(measured: dict[str, dict[str, Any]]) -> Table:
+    rows = []
     for name, found in measured.items():
-        shape = UNIFORM[name]
-        runs = " ".join(f"{value:g}" for value in found["runs"])
-        table.add_row(
-            name, str(shape.requests), str(shape.prompt), str(shape.output), f"{found['median']:g}", found["unit"], runs
-        )
-    console.print(table)
+        shape, runs = UNIFORM[name], " ".join(f"{value:g}" for value in found["runs"])
+        sizes = map(str, (shape.requests, shape.prompt, shape.output))
+        rows.append([name, *sizes, f"{found['median']:g}", found["unit"], runs])
+    return report.table("latency", ("workload", "requests", "prompt", "new", "median", "unit", "all runs"), rows)

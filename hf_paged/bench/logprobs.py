@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models, output, report
+from hf_paged.bench import models, report
+from hf_paged.bench.workloads import greedy
 from hf_paged.errors import ConfigError
-from hf_paged.params import SamplingParams
+from hf_paged.llm import LLM
 from hf_paged.types import Request, Sampled
 
 
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt-len", type=at_least_one, default=256, help="default: %(default)s")
     parser.add_argument("--output-len", type=at_least_one, default=64, help="default: %(default)s")
     add_options(parser)
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if model.dtype not in (torch.float16, torch.bfloat16):
         raise ConfigError(f"the model is in {model.dtype}; give --dtype bfloat16 or float16, to compare with float32")
     environment = report.environment(model, name)
-    rows = _rows(args.requests, args.prompt_len + args.output_len, model.get_input_embeddings().num_embeddings)
+    rows = _rows(args.requests, args.prompt_len + args.output_len, models.vocabulary(model))
     found = {
         "stock": stock(model, rows, args.prompt_len),
         "hf_paged": generated(model, rows, args.prompt_len, paged_options(args.option)),
@@ -65,8 +65,10 @@ def run(args: argparse.Namespace) -> int:
         "from_float32": errors,
         "environment": environment,
     }
-    _show(errors, Console())
-    output.write(summary, args.json)
+    cells = [[engine, *(f"{value:.4g}" for value in found.values())] for engine, found in errors.items()]
+    title = "absolute differences of log-probabilities from float32"
+    Console().print(report.table(title, ("engine", "mean", "p99", "max"), cells))
+    report.write(summary, args.json)
     return 0
 
 
@@ -83,9 +85,7 @@ def stock(model: Any, rows: Sequence[list[int]], prompt: int) -> torch.Tensor:
 
 def generated(model: Any, rows: Sequence[list[int]], prompt: int, paged: dict[str, Any]) -> torch.Tensor:
     """The same by hf_paged, all rows at once, each made to generate its continuation."""
-    from hf_paged import LLM
-
-    params = SamplingParams(temperature=0.0, max_tokens=len(rows[0]) - prompt, ignore_eos=True)
+    params = greedy(len(rows[0]) - prompt)
     forced = _Forced()
     with LLM(model, skip_tokenizer_init=True, **paged) as llm:
         engine = llm.engine()[0].engine
@@ -103,7 +103,6 @@ class _Forced:
         self.scored: dict[Request, list[torch.Tensor]] = {}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """See `TokenSampler.sample`."""
         chosen = [self.wanted[request][request.num_tokens] for request in requests]
         scores = logits.float().log_softmax(-1)
         for request, row, token in zip(requests, scores, chosen, strict=True):
@@ -120,12 +119,3 @@ def _errors(got: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     off = (got - exact).abs().flatten().double()
     figures = {"mean": off.mean(), "p99": off.quantile(0.99), "max": off.max()}
     return {name: float(f"{float(value):.4g}") for name, value in figures.items()}
-
-
-def _show(errors: dict[str, dict[str, float]], console: Console) -> None:
-    table = Table(title="absolute differences of log-probabilities from float32")
-    for column in ("engine", "mean", "p99", "max"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    for engine, found in errors.items():
-        table.add_row(engine, *(f"{value:.4g}" for value in found.values()))
-    console.print(table)

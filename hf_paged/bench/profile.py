@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from hf_paged.bench import report
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.in_flight import SampledTokens
+from hf_paged.ledger import Ledger
+from hf_paged.llm import LLM
 
 # A trace of all steps of a long run would fill the memory. The first are prompts alone.
 FIRST, COUNT = 32, 64
@@ -29,29 +30,21 @@ def run(model: Any, items: Sequence[Item], paged: Mapping[str, Any], trace: Path
         steps: how many were seen. wall_ms: milliseconds a step. gpu_busy: the share of that time in which the GPU ran
         a kernel or a copy, or None without one. host_ms: milliseconds a step by part.
     """
-    from hf_paged import LLM, SamplingParams
-
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=item.max_tokens, ignore_eos=True, detokenize=False) for item in items
-    ]
     with LLM(model, skip_tokenizer_init=True, **paged) as llm:
         llm.warm_up()
         with Profiled(llm.engine()[0].engine) as seen:
-            llm.generate([item.prompt_token_ids for item in items], params, use_tqdm=False)
+            prompts, params = [item.prompt_token_ids for item in items], [item.params for item in items]
+            llm.generate(prompts, params, use_tqdm=False)
     seen.write(trace)
     return seen.summary()
 
 
-def show(summary: dict[str, Any], console: Console) -> None:
-    """The table."""
-    busy = summary["gpu_busy"]
-    title = f"{summary['steps']} steps of {summary['wall_ms']:.2f} ms"
-    table = Table(title=title if busy is None else f"{title}, GPU busy {busy:.1%}")
-    table.add_column("part of the host's time")
-    table.add_column("ms a step", justify="right")
-    for part, spent in summary["host_ms"].items():
-        table.add_row(part, f"{spent:.3f}")
-    console.print(table)
+def table(summary: dict[str, Any]) -> Table:
+    """The table of what `run` returned."""
+    busy, title = summary["gpu_busy"], f"{summary['steps']} steps of {summary['wall_ms']:.2f} ms"
+    rows = [[part, f"{spent:.3f}"] for part, spent in summary["host_ms"].items()]
+    title = title if busy is None else f"{title}, GPU busy {busy:.1%}"
+    return report.table(title, ("part of the host's time", "ms a step"), rows)
 
 
 class Profiled:
@@ -66,22 +59,12 @@ class Profiled:
         self._wall = 0.0
         self._began: float | None = None
         self._profiler: profile | None = None
-        self._undo = ExitStack()
+        self._changes = Ledger()
 
     def __enter__(self) -> Profiled:
         engine = self._engine
-        step = engine.step
-
-        def watched() -> Any:
-            self._turn()
-            began = time.perf_counter()
-            try:
-                return step()
-            finally:
-                self._spend("step", time.perf_counter() - began)
-
-        self._undo.enter_context(_replaced(engine, "step", watched))
         for part, owner, name in (
+            ("step", engine, "step"),
             ("schedule", engine.scheduler, "schedule"),
             ("build the batch", engine._builder, "build"),
             ("launch the forward", engine.runner, "forward"),
@@ -89,12 +72,12 @@ class Profiled:
             ("wait for the device", SampledTokens, "wait"),
             ("land", engine, "_land"),
         ):
-            self._undo.enter_context(_replaced(owner, name, self._timed(part, getattr(owner, name))))
+            self._changes.set_attribute(owner, name, self._timed(part, getattr(owner, name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop()
-        self._undo.close()
+        self._changes.undo()
 
     def write(self, trace: Path) -> None:
         """Write what was seen in Chrome's trace format; nothing, if the run was over before."""
@@ -102,7 +85,7 @@ class Profiled:
             self._profiler.export_chrome_trace(str(trace))
 
     def summary(self) -> dict[str, Any]:
-        """See `run`."""
+        """What `run` returns."""
         spent = dict(self._spent)
         spent["land"] = spent.get("land", 0.0) - spent.get("wait for the device", 0.0)
         step = spent.pop("step", 0.0)
@@ -135,29 +118,18 @@ class Profiled:
             self._wall, self._began = time.perf_counter() - self._began, None
             self._profiler.stop()
 
-    def _spend(self, part: str, seconds: float) -> None:
-        if self._began is not None:
-            self._spent[part] += seconds
-
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if part == "step":
+                self._turn()
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._spend(part, time.perf_counter() - began)
+                if self._began is not None:
+                    self._spent[part] += time.perf_counter() - began
 
         return timed
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _busy(profiler: profile) -> float | None:

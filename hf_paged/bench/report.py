@@ -1,42 +1,75 @@
-"""What a comparison found, for people and for programs."""
+"""What a benchmark found: as tables for people, and as one line of JSON, last on stdout, for programs."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import os
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from hf_paged._version import __version__
 from hf_paged.bench.run import Run
+from hf_paged.hf import compat
 
 MIB = 2**20
 
 
-def environment(model: Any, name: str) -> dict[str, Any]:
-    """What has to be known to repeat a run."""
-    import transformers
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there too")
 
-    device = model.device
+
+def write(summary: Mapping[str, Any], path: Path | None) -> None:
+    """Print the summary, and write it to `path`."""
+    line = json.dumps(summary)
+    if path is not None:
+        path.write_text(line + "\n")
+    print(line)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of names, in its first column, and figures."""
+    found = Table(title=title)
+    for index, column in enumerate(columns):
+        found.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def client() -> dict[str, Any]:
+    """What has to be known of this process to repeat a run; an API key is left out."""
+    arguments = sys.argv[1:]
+    shown = ["…" if before == "--api-key" else text for before, text in zip(["", *arguments], arguments, strict=False)]
+    shown = ["--api-key=…" if text.startswith("--api-key=") else text for text in shown]
     return {
-        "command": shlex.join(["hf-paged", *sys.argv[1:]]),
+        "command": shlex.join(["hf-paged", *shown]),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "hf_paged": __version__,
+    }
+
+
+def environment(model: Any, name: str) -> dict[str, Any]:
+    """What has to be known to repeat a run on a model."""
+    device, processor = model.device, platform.processor() or platform.machine()
+    return client() | {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({_processor()})",
-        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({processor})",
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hf_paged": __version__,
+        "transformers": compat.release(),
     }
 
 
@@ -46,27 +79,24 @@ def summarise(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     A ratio is the median of the ratios of runs that followed each other, so that a machine that slows down for a while
     slows both sides.
     """
-    names = list(runs)
+    (first, ours), *others = runs.items()
     return {
         "engines": {name: _engine(found) for name, found in runs.items()},
-        "ratios": {f"{names[0]}/{name}": _ratio(runs[names[0]], runs[name]) for name in names[1:]},
-        "identical": {f"{names[0]}/{name}": _identical(runs[names[0]][0], runs[name][0]) for name in names[1:]},
+        "ratios": {f"{first}/{name}": _ratio(ours, theirs) for name, theirs in others},
+        "identical": {f"{first}/{name}": _identical(ours[0], theirs[0]) for name, theirs in others},
     }
 
 
 def _engine(runs: Sequence[Run]) -> dict[str, Any]:
-    kv = runs[-1].kv
+    kv, speeds = runs[-1].kv, [run.tokens_per_second for run in runs]
+    wasted = {"wasted_tokens": kv.reserved_tokens - kv.used_tokens, "waste": round(kv.waste, 4)}
     return {
         "requests": len(runs[-1].outputs),
         "useful_tokens": runs[-1].tokens,
         "seconds": [round(run.seconds, 3) for run in runs],
-        "tokens_per_second": [round(run.tokens_per_second, 2) for run in runs],
-        "median_tokens_per_second": round(statistics.median(run.tokens_per_second for run in runs), 2),
-        "kv": {
-            **dataclasses.asdict(kv),
-            "wasted_tokens": kv.reserved_tokens - kv.used_tokens,
-            "waste": round(kv.waste, 4),
-        },
+        "tokens_per_second": [round(speed, 2) for speed in speeds],
+        "median_tokens_per_second": round(statistics.median(speeds), 2),
+        "kv": dataclasses.asdict(kv) | wasted,
     }
 
 
@@ -82,30 +112,17 @@ def _identical(ours: Run, theirs: Run) -> str:
     return f"{sum(a == b for a, b in zip(ours.outputs, theirs.outputs, strict=False))}/{rows}"
 
 
-def show(summary: Mapping[str, Any], console: Console) -> None:
-    """Print a summary as a table."""
-    table = Table(title="useful tokens a second, and KV memory")
-    for column in ("engine", "requests", "tok/s (median)", "all runs", "ratio", "same rows"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    for column in ("KV slots reserved", "used", "wasted", "peak MiB"):
-        table.add_column(column, justify="right")
-    first = next(iter(summary["engines"]))
+def comparison(summary: Mapping[str, Any]) -> Table:
+    """The table of what `summarise` returned."""
+    columns = ["engine", "requests", "tok/s (median)", "all runs", "ratio", "same rows"]
+    columns += ["KV slots reserved", "used", "wasted", "peak MiB"]
+    first, rows = next(iter(summary["engines"])), []
     for name, found in summary["engines"].items():
         kv, pair = found["kv"], f"{first}/{name}"
-        table.add_row(
-            name,
-            str(found["requests"]),
-            f"{found['median_tokens_per_second']:.1f}",
-            " ".join(f"{value:.1f}" for value in found["tokens_per_second"]),
-            f"{summary['ratios'][pair]:.2f}x slower" if pair in summary["ratios"] else "",
-            summary["identical"].get(pair, ""),
-            f"{kv['reserved_tokens']:,}",
-            f"{kv['used_tokens']:,}",
-            f"{kv['waste']:.1%}",
-            f"{kv['peak_bytes'] / MIB:.1f}",
-        )
-    console.print(table)
-
-
-def _processor() -> str:
-    return platform.processor() or platform.machine()
+        row = [name, str(found["requests"]), f"{found['median_tokens_per_second']:.1f}"]
+        row.append(" ".join(f"{value:.1f}" for value in found["tokens_per_second"]))
+        row.append(f"{summary['ratios'][pair]:.2f}x slower" if pair in summary["ratios"] else "")
+        row.append(summary["identical"].get(pair, ""))
+        row += [f"{kv['reserved_tokens']:,}", f"{kv['used_tokens']:,}", f"{kv['waste']:.1%}"]
+        rows.append([*row, f"{kv['peak_bytes'] / MIB:.1f}"])
+    return table("useful tokens a second, and KV memory", columns, rows)

@@ -6,9 +6,7 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
-import shlex
 import sys
 import time
 from importlib.util import find_spec
@@ -16,11 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from hf_paged._version import __version__
-from hf_paged.arguments import at_least_one
-from hf_paged.bench import output, workloads
+from hf_paged.arguments import at_least_one, number
+from hf_paged.bench import report, workloads
 from hf_paged.bench.load import arrivals, figures, plot, target
 from hf_paged.bench.load.client import Timed, complete
 from hf_paged.errors import ConfigError
@@ -29,6 +25,12 @@ if TYPE_CHECKING:
     import aiohttp
 
 KEY = "HF_PAGED_API_KEY"
+ROWS = {
+    "ttft": "to the first token",
+    "inter_token": "between tokens",
+    "tpot": "a token, by request",
+    "e2e": "end to end",
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,8 +44,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="the name to ask for (default: the first that the server lists)")
     parser.add_argument("--api-key", default=os.environ.get(KEY), help=f"default: the environment variable {KEY}")
+    rate = number("requests a second, above 0 (inf: all at once)", lambda value: value > 0)
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--rate", type=_rate, metavar="R", help="open loop: Poisson arrivals, R requests a second")
+    loop.add_argument("--rate", type=rate, metavar="R", help="open loop: Poisson arrivals, R requests a second")
     loop.add_argument("--concurrency", type=at_least_one, metavar="N", help="closed loop: N requests at a time")
     parser.add_argument(
         "--workload", default="random", help="random, A, cpu, or a file of JSON lines (default: random)"
@@ -64,19 +67,18 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--slo", metavar="ttft=S,tpot=S,e2e=S", help="what counts as served well, for the goodput")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the run")
-    output.add_option(parser)
+    report.add_json(parser)
     parser.add_argument("--allow-remote", action="store_true", help="load a server on another machine")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load the server and print the figures. Exit status 1 if no request was served."""
-    if find_spec("aiohttp") is None:
-        raise ConfigError(
-            "bench serve needs aiohttp, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
-        )
-    if args.plot:
-        plot.check()
+    for what, library in {"bench serve": "aiohttp", **({"--plot": "matplotlib"} if args.plot else {})}.items():
+        if find_spec(library) is None:
+            raise ConfigError(
+                f"{what} needs {library}, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
+            )
     objective = figures.Objective.parse(args.slo)
     target.check_local(args.url, args.allow_remote)
     workload = choose(args)
@@ -91,28 +93,26 @@ def run(args: argparse.Namespace) -> int:
         "load": _load_of(args),
         **figures.summarise(requests, objective),
         "client": _client(requests, busy),
-        "environment": _environment(),
+        "environment": report.client(),
     }
     show(summary, Console(stderr=True))
     if args.plot:
         plot.draw(requests, summary, args.plot)
-    output.write(summary, args.json)
+    report.write(summary, args.json)
     return 0 if summary["completed"] else 1
 
 
 def choose(args: argparse.Namespace) -> workloads.Workload:
     """The workload that the arguments ask for, cut to the number of requests."""
     if args.workload == "random":
-        r = random.Random(args.seed)
+        ids, r = args.vocab_size or 32000, random.Random(args.seed)
+        prompt, output = args.prompt_len, args.output_len
         items = [
-            workloads.Item(
-                [r.randrange(args.vocab_size or 32000) for _ in range(r.randint(*args.prompt_len))],
-                r.randint(*args.output_len),
-            )
+            workloads.Item([r.randrange(ids) for _ in range(r.randint(*prompt))], r.randint(*output))
             for _ in range(args.requests or 256)
         ]
-        lengths = "-".join(map(str, sorted({*args.prompt_len}))), "-".join(map(str, sorted({*args.output_len})))
-        return workloads.Workload(f"random {lengths[0]}/{lengths[1]}", items)
+        lengths = ("-".join(map(str, sorted({*span}))) for span in (prompt, output))
+        return workloads.Workload("random " + "/".join(lengths), items)
     # The server knows its vocabulary; ids that it doesn't have are its error to report.
     size = (args.vocab_size or 128256) if args.workload == "A" else sys.maxsize
     workload = workloads.load(args.workload, size)
@@ -170,18 +170,13 @@ def _body(item: workloads.Item, model: str, args: argparse.Namespace) -> bytes:
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print the figures as a table."""
     served = f"{summary['completed']} of {summary['requests']} served in {summary['seconds']:.1f} s"
-    table = Table(title=f"{summary['workload']}: {served}, {summary['output_tokens_per_second']:,.1f} output tokens/s")
-    for column in ("milliseconds", "mean", *figures.SHARES, "max"):
-        table.add_column(column, justify="left" if column == "milliseconds" else "right")
-    for name, words in (
-        ("ttft", "to the first token"),
-        ("inter_token", "between tokens"),
-        ("tpot", "a token, by request"),
-        ("e2e", "end to end"),
-    ):
-        if summary[name] is not None:
-            table.add_row(words, *map(figures.milliseconds, summary[name].values()))
-    console.print(table)
+    title = f"{summary['workload']}: {served}, {summary['output_tokens_per_second']:,.1f} output tokens/s"
+    rows = [
+        [words, *map(figures.milliseconds, summary[name].values())]
+        for name, words in ROWS.items()
+        if summary[name] is not None
+    ]
+    console.print(report.table(title, ("milliseconds", "mean", *figures.SHARES, "max"), rows))
     if any(summary["slo"].values()):
         console.print(
             f"goodput: {summary['goodput']['requests_per_second']:.2f} requests/s ({summary['goodput']['share']:.1%})"
@@ -198,36 +193,11 @@ def _client(requests: list[Timed], busy: float) -> dict[str, float]:
     return {"cpu_share": round(busy, 3), "most_late": round(late, 4)}
 
 
-def _environment() -> dict[str, Any]:
-    return {
-        "command": shlex.join(["hf-paged", *_without_key(sys.argv[1:])]),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "hf_paged": __version__,
-    }
-
-
-def _without_key(arguments: list[str]) -> list[str]:
-    """The arguments as they may be published."""
-    hidden = ["…" if before == "--api-key" else text for before, text in zip(["", *arguments], arguments, strict=False)]
-    return ["--api-key=…" if text.startswith("--api-key=") else text for text in hidden]
-
-
 def _load_of(args: argparse.Namespace) -> dict[str, Any]:
     """How requests arrived; a rate of None: all at once."""
     if args.concurrency:
         return {"loop": "closed", "concurrency": args.concurrency}
     return {"loop": "open", "rate": None if args.rate in (None, float("inf")) else args.rate}
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be requests a second, above 0 (inf: all at once), got {text!r}")
-    return value
 
 
 def _length(text: str) -> tuple[int, int]:

@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models, output, report
+from hf_paged.arguments import add_model_options, add_options, at_least_one, number, paged_options
+from hf_paged.bench import models, report
+from hf_paged.bench.workloads import greedy
 from hf_paged.engine.engine import Engine
-from hf_paged.params import SamplingParams
+from hf_paged.hf.load import model_for, pick_device
+from hf_paged.llm import LLM
 from hf_paged.types import Request
 
 PROMPTS, LONGEST_PROMPT, LONGEST_OUTPUT = 64, 96, 48
@@ -42,21 +44,20 @@ def add_parser(subparsers: Any) -> None:
     add_model_options(parser)
     parser.add_argument("--requests", type=at_least_one, default=20_000, help="default: %(default)s")
     parser.add_argument("--in-flight", type=at_least_one, default=200, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--cancel", type=_share, default=0.1, help="share of them cancelled (default: %(default)s)")
+    share = number("a share between 0 and 1", lambda value: 0 <= value <= 1)
+    parser.add_argument("--cancel", type=share, default=0.1, help="share of them cancelled (default: %(default)s)")
     add_options(parser)
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the requests; exit status 1 if anything was not as it has to be."""
-    from hf_paged import LLM
-
     console = Console(stderr=True)
     if args.model:
-        model, name = models.load(args.model, args.device, args.dtype), args.model
+        model, name = model_for(args.model, args.device, args.dtype), args.model
     else:
-        model, name = models.tiny_llama(models.pick_device(args.device), args.dtype), models.TINY_LLAMA
+        model, name = models.tiny_llama(pick_device(args.device), args.dtype), models.TINY_LLAMA
     # Few enough blocks that requests are preempted.
     blocks = max(16, args.in_flight * (LONGEST_PROMPT + LONGEST_OUTPUT) // 3 // 16)
     options = {"num_blocks": blocks, **paged_options(args.option)}
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     }
     good = summary["flat"] and not any(summary[x] for x in ("wrong", "failed", "lost", "blocks_leaked"))
     console.print("answers right, nothing lost or leaked, memory flat" if good else "[red]not as it has to be[/red]")
-    output.write(summary, args.json)
+    report.write(summary, args.json)
     return 0 if good else 1
 
 
@@ -95,7 +96,7 @@ class Soak:
     """Keeps an engine busy, and counts.
 
     Args:
-        engine: nobody else's.
+        engine: with no other requests.
         in_flight: requests at a time.
         cancel: the share of them that is cancelled, each after a random number of tokens.
     """
@@ -114,7 +115,7 @@ class Soak:
         self._answers = [self._alone(prompt) for prompt in tqdm(self._prompts, "answers alone", unit="req")]
 
     def run(self, count: int) -> None:
-        """Run so many requests."""
+        """Run `count` requests."""
         waiting = self._requests(count)
         running: set[Request] = set()
         every = max(1, count // SAMPLES)
@@ -124,7 +125,7 @@ class Soak:
                 while len(running) < self._in_flight and (request := next(waiting, None)) is not None:
                     running.add(request)
                     self._engine.add(request)
-                if not self._engine.has_work:  # whoever is running yet was lost
+                if not self._engine.has_work:  # requests still in `running` were lost
                     return
                 self._engine.step()
                 self._cancel_some(running)
@@ -144,9 +145,7 @@ class Soak:
     def _requests(self, count: int) -> Iterator[Request]:
         for index in range(count):
             which = self._random.randrange(PROMPTS)
-            params = SamplingParams(
-                temperature=0.0, max_tokens=self._random.randint(1, LONGEST_OUTPUT), ignore_eos=True
-            )
+            params = greedy(self._random.randint(1, LONGEST_OUTPUT))
             request = Request(f"{index}/{which}", list(self._prompts[which]), params)
             if self._random.random() < self._cancel:
                 self._cancel_at[request] = self._random.randrange(LONGEST_OUTPUT)
@@ -167,9 +166,7 @@ class Soak:
         self.wrong += output != self._answers[which][: len(output)]
 
     def _alone(self, prompt: Sequence[int]) -> list[int]:
-        request = Request(
-            "alone", list(prompt), SamplingParams(temperature=0.0, max_tokens=LONGEST_OUTPUT, ignore_eos=True)
-        )
+        request = Request("alone", list(prompt), greedy(LONGEST_OUTPUT))
         self._engine.run([request])
         self._engine.forget()
         return list(request.output_token_ids)
@@ -188,16 +185,6 @@ class Soak:
         self.memory["host"].append(psutil.Process().memory_info().rss)
         if "device" in self.memory:
             self.memory["device"].append(torch.cuda.memory_allocated(self._engine.model.spec.device))
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share between 0 and 1, got {text!r}")
-    return value
 
 
 def _is_flat(seen: Sequence[int]) -> bool:

@@ -1,25 +1,50 @@
-"""Stock `generate()` over static, left-padded batches: what people run today."""
+"""`generate()` over left-padded batches: what people run today."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hf_paged.bench.kv import KVUse, cache_bytes, written
-from hf_paged.bench.run import Run
+from hf_paged.bench.run import KVUse, Run, cache_bytes, written
 from hf_paged.bench.workloads import Item
 from hf_paged.hf.compat import cache_of
 
+NO_END: frozenset[int] = frozenset()
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the generation config says
 
-def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` [len(prompts), longest prompt], int64, padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+def generate(
+    model: Any, items: Sequence[Item], pad: int, eos: frozenset[int] = NO_END, how: Mapping[str, Any] = GREEDY
+) -> tuple[list[list[int]], Any]:
+    """One call, until its longest row is done.
+
+    Args:
+        model: a Transformers model, patched or not.
+        items: the requests.
+        pad: the id to pad with, on the left.
+        eos: ids that end a row. Empty: every row runs to its length.
+        how: further arguments of `generate()`.
+
+    Returns:
+        The useful tokens of each row, and what `generate()` returned, with a cache where there is one.
+    """
+    width = max(len(item.prompt_token_ids) for item in items)
+    gaps = [width - len(item.prompt_token_ids) for item in items]
+    ids = [[pad] * gap + list(item.prompt_token_ids) for gap, item in zip(gaps, items, strict=True)]
+    mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    result = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max(item.max_tokens for item in items),
+        eos_token_id=sorted(eos) or None,
+        pad_token_id=pad,
+        **how,
+    )
+    rows = (result if isinstance(result, torch.Tensor) else result.sequences)[:, width:].tolist()
+    return [useful(row[: item.max_tokens], eos) for item, row in zip(items, rows, strict=True)], result
 
 
 def run(
@@ -27,17 +52,14 @@ def run(
     items: Sequence[Item],
     batch_size: int,
     pad: int,
-    eos: frozenset[int] = frozenset(),
+    eos: frozenset[int] = NO_END,
     done: Callable[[int], None] = lambda count: None,
 ) -> Run:
-    """Generate greedily, a batch after the other, each until its longest row is done.
+    """Generate greedily with stock `generate()`, a batch after the other.
 
     Args:
-        model: a Transformers model as it comes, not patched.
-        items: the requests.
+        model: not patched.
         batch_size: rows of a batch.
-        pad: the id to pad with.
-        eos: ids that end a row; what follows them is cut off and doesn't count. Empty: every row runs to its length.
         done: told after each batch how many requests are done.
     """
     outputs: list[list[int]] = []
@@ -45,31 +67,14 @@ def run(
     began = time.perf_counter()
     for first in range(0, len(items), batch_size):
         batch = items[first : first + batch_size]
-        inputs = left_pad([item.prompt_token_ids for item in batch], pad, model.device)
-        width = inputs["input_ids"].shape[1]
-        longest = max(item.max_tokens for item in batch)
-        result = model.generate(**inputs, **greedy(longest, pad, eos), return_dict_in_generate=True)
-        rows = result.sequences[:, width:].tolist()
-        new = [useful(row[: item.max_tokens], eos) for item, row in zip(batch, rows, strict=True)]
+        new, result = generate(model, batch, pad, eos, GREEDY | {"return_dict_in_generate": True})
         outputs += new
-        reserved += len(batch) * written(width, len(rows[0]))
+        reserved += len(batch) * written(result.sequences.shape[1], 0)
         used += sum(written(len(item.prompt_token_ids), len(row)) for item, row in zip(batch, new, strict=True))
         peak = max(peak, cache_bytes(cache_of(result)))
         del result  # or the next batch would find two caches in memory
         done(len(outputs))
     return Run(time.perf_counter() - began, outputs, KVUse(reserved, used, peak))
-
-
-def greedy(max_new_tokens: int, pad: int, eos: frozenset[int] = frozenset()) -> dict[str, Any]:
-    """Options of `generate()`, whatever the model's generation config says."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "eos_token_id": sorted(eos) or None,
-        "pad_token_id": pad,
-    }
 
 
 def useful(row: Sequence[int], eos: frozenset[int]) -> list[int]:

@@ -1,19 +1,21 @@
-"""`hf-paged bench throughput`: the same requests for each engine, in turn, as often as asked."""
+"""`hf-paged bench throughput`: the same requests for each engine, the engines taking turns."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options, parse_options
-from hf_paged.bench import engines, models, output, profile, report, workloads
+from hf_paged.bench import engines, models, profile, report, workloads
+from hf_paged.bench.demo import smollm2
 from hf_paged.bench.run import Run
-from hf_paged.demo import smollm2
 from hf_paged.errors import ConfigError
+from hf_paged.hf.load import model_for
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,9 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repeats", type=at_least_one, default=3, help="runs of each engine (default: 3)")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="rows of a static batch (default: 8)")
     parser.add_argument(
-        "--limit",
-        metavar="N|ENGINE=N[,…]",
-        help="only the first N requests, for every engine or for the named ones",
+        "--limit", metavar="N|ENGINE=N[,…]", help="only the first N requests, for every engine or for the named ones"
     )
     add_options(parser)
     parser.add_argument(
@@ -56,27 +56,30 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="run hf_paged once more, write a trace of some steps there (for Perfetto), and tell how busy the GPU was",
     )
-    output.add_option(parser)
+    report.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison and print it."""
     console = Console(stderr=True)
-    names = engines.pick(args.engine or ["hf_paged"])
+    names = engines.pick("engine", args.engine or ["hf_paged"])
     limits = parse_limit(args.limit, names)
-    options = engines.Options(
-        batch_size=args.batch_size,
-        paged=paged_options(args.option),
-        batching=parse_options(args.batching_option),
-    )
-    model, name = _model(args)
-    workload = workloads.load(args.workload, model.get_input_embeddings().num_embeddings)
+    options = engines.Options(args.batch_size, paged_options(args.option), parse_options(args.batching_option))
+    model, called = _model(args)
+    workload = workloads.load(args.workload, models.vocabulary(model))
     console.print(
         f"workload {workload.name}: {len(workload.items)} requests, {workload.prompt_tokens:,} prompt tokens, "
         f"{workload.output_tokens:,} tokens asked for; {args.repeats} runs of {', '.join(names)}, in turn"
     )
-    runs = compare(model, workload.items, names, args.repeats, limits, options, console)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for repeat, name in itertools.product(range(args.repeats), names):  # taking turns: a machine's speed may drift
+        found = engines.measure(name, model, workload.items[: limits.get(name)], options)
+        runs[name].append(found)
+        console.print(
+            f"run {repeat + 1}/{args.repeats} {name}: {found.tokens:,} tokens in {found.seconds:.1f} s, "
+            f"{found.tokens_per_second:.1f} tok/s"
+        )
     summary: dict[str, Any] = {
         "benchmark": "throughput",
         "workload": workload.name,
@@ -84,36 +87,14 @@ def run(args: argparse.Namespace) -> int:
         "prompt_tokens": workload.prompt_tokens,
         "output_tokens": workload.output_tokens,
         **report.summarise(runs),
-        "environment": report.environment(model, name),
+        "environment": report.environment(model, called),
     }
-    report.show(summary, Console())
+    Console().print(report.comparison(summary))
     if args.profile:
         summary["profile"] = profile.run(model, workload.items, options.paged, args.profile)
-        profile.show(summary["profile"], Console())
-    output.write(summary, args.json)
+        Console().print(profile.table(summary["profile"]))
+    report.write(summary, args.json)
     return 0
-
-
-def compare(
-    model: Any,
-    items: Sequence[workloads.Item],
-    names: Sequence[str],
-    repeats: int,
-    limits: Mapping[str, int],
-    options: engines.Options,
-    console: Console,
-) -> dict[str, list[Run]]:
-    """Each engine's runs. They take turns, so that a machine whose speed drifts is fair to all."""
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names:
-            found = engines.measure(name, model, items[: limits.get(name)], options)
-            runs[name].append(found)
-            console.print(
-                f"run {repeat + 1}/{repeats} {name}: {found.tokens:,} tokens in {found.seconds:.1f} s, "
-                f"{found.tokens_per_second:.1f} tok/s"
-            )
-    return runs
 
 
 def parse_limit(text: str | None, names: Sequence[str]) -> dict[str, int]:
@@ -144,4 +125,4 @@ def _model(args: argparse.Namespace) -> tuple[Any, str]:
     if args.model or args.workload == "A":
         return models.load_or_8b(args)
     folder = smollm2.ensure(Console(stderr=True).print)
-    return models.load(str(folder), args.device, args.dtype), smollm2.NAME
+    return model_for(str(folder), args.device, args.dtype), smollm2.NAME

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_paged.errors import ConfigError
+from hf_paged.params import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Item:
 
     prompt_token_ids: list[int]
     max_tokens: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """How the engine is asked for them: the likeliest ones, and as many."""
+        return greedy(self.max_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Workload:
         return sum(item.max_tokens for item in self.items)
 
 
+def greedy(max_tokens: int) -> SamplingParams:
+    """The likeliest tokens, whatever ends a text."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+
+
 def ragged(vocab_size: int = 128256) -> Workload:
     """Workload A: 512 requests, prompts of 32 to 1024 tokens, outputs of 32 to 512."""
     lengths = random.Random(0)
@@ -55,7 +66,7 @@ def ragged(vocab_size: int = 128256) -> Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Requests of one length: so many, of so many prompt tokens and new ones."""
+    """Requests of one length: their number, and the prompt and output tokens of each."""
 
     requests: int
     prompt: int

@@ -17,7 +17,7 @@ from hf_paged.hf.invariant import InvariantOps, trusted
 from hf_paged.hf.model import FlatModel
 from hf_paged.hf.verify import try_fusion, verify, verify_invariance
 from hf_paged.hf.weights import structure
-from hf_paged.protocols import AttentionBackend
+from hf_paged.protocols import AttentionBackend, Kernels
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,12 @@ def adopt(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
     Raises:
         UnsupportedModelError: the model can't be carried; the message says why.
     """
+    kernels: Kernels | None = getattr(backend, "kernels", None)
     try:
-        unfused = _fuse(model, flat, backend, config)
+        unfused = _fuse(model, flat, backend, kernels, config)
         if config.deterministic:
-            assert backend.kernels is not None
-            flat.invariant = InvariantOps(backend.kernels)
+            assert kernels is not None
+            flat.invariant = InvariantOps(kernels)
         unfused = _verify(model, flat, backend, config) or unfused
         if config.deterministic:
             verify_invariance(model, flat, backend, config.block_size)
@@ -47,13 +48,14 @@ def adopt(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, co
     return unfused
 
 
-def _fuse(model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, config: PagedConfig) -> str | None:
+def _fuse(
+    model: PreTrainedModel, flat: FlatModel, backend: AttentionBackend, kernels: Kernels | None, config: PagedConfig
+) -> str | None:
     """Have fused forwards serve the model's steps, as far as each agrees. Returns why there are none, or None.
 
     Raises:
         UnsupportedModelError: in deterministic mode, if another engine has the model's layers fused with its kernels.
     """
-    kernels = getattr(backend, "kernels", None)
     if kernels is None or not config.fusions:
         return "the attention backend has no kernels for it" if config.fusions else f"fusions={config.fusions}"
     if torch.is_autocast_enabled(model.device.type):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput
 
 # The oldest and the newest release that the whole test suite runs on.
@@ -53,6 +54,24 @@ def runs_in_step_with_other_processes(model: PreTrainedModel, synced_gpus: bool 
     """Whether a call's forwards wait for those of other processes (DeepSpeed ZeRO-3, FSDP)."""
     mode = model._extract_generation_mode_kwargs(None, {}, synced_gpus, None, None)
     return bool(mode.get("synced_gpus"))
+
+
+@contextmanager
+def continuous_batching(model: PreTrainedModel, **options: Any) -> Iterator[Any]:
+    """The manager of Transformers' own continuous batching: greedy, each output as long as asked for.
+
+    Args:
+        options: of ContinuousBatchingConfig.
+    """
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    configs = {"generation_config": generation, "continuous_batching_config": ContinuousBatchingConfig(**options)}
+    attention = model.config._attn_implementation
+    try:
+        with model.continuous_batching_context_manager(**configs) as manager:
+            yield manager
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 def continuous_batching_pool(manager: Any) -> tuple[int, Sequence[torch.Tensor]]:

@@ -17,13 +17,10 @@ from typing import Any, NoReturn
 import psutil
 import torch
 import zmq
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from hf_paged import plugins
-from hf_paged.bench import models
 from hf_paged.errors import HFPagedError
-from hf_paged.hf.load import load_model, load_tokenizer, random_model
+from hf_paged.hf.load import hide_progress, load_model, load_tokenizer, pick_device
 from hf_paged.hf.params import end_ids
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
@@ -91,7 +88,7 @@ def _serve() -> None:
     _end_with_parent()
     threading.Thread(target=_die_with_front, daemon=True).start()
     logs.configure(orders.config.log_level, orders.config.log_format)
-    disable_progress_bar()  # its line is none of a log's
+    hide_progress()  # its line is none of a log's
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for socket, address in ((inbox, orders.inbox), (outbox, orders.outbox)):
@@ -187,20 +184,18 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
 
 def _load(orders: Orders) -> Any:
     config = orders.config
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    device = models.pick_device(config.device)
+    device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(orders.replica % torch.cuda.device_count() if device.index is None else device)
         device = torch.device("cuda", torch.cuda.current_device())
     elif orders.replicas > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // orders.replicas))
-    if config.load_format == "dummy":
-        shape = AutoConfig.from_pretrained(config.model, **options)
-        return random_model(shape, device, config.dtype, trust_remote_code=config.trust_remote_code)
-    if config.device not in (None, "cuda"):
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, **options)
-        return model.to(device).eval()
-    return load_model(config.model, dtype=config.dtype, **options)
+    dummy = config.load_format == "dummy"
+    return load_model(config.model, device=device, dtype=config.dtype, random=dummy, **_source(config))
+
+
+def _source(config: ServerConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
 
 
 def _constrainer(manager: Any, config: ServerConfig) -> Any:
@@ -211,9 +206,7 @@ def _constrainer(manager: Any, config: ServerConfig) -> Any:
     def constrain(request: Request) -> None:
         with lock:
             if not tokenizer:
-                name = config.tokenizer or config.model
-                options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-                tokenizer.append(load_tokenizer(name, **options))
+                tokenizer.append(load_tokenizer(config.tokenizer or config.model, **_source(config)))
         plugins.constrain(manager, request, tokenizer[0])
 
     return constrain

@@ -17,7 +17,7 @@ MOST_RUNS = 4
 
 
 class SDPABackend:
-    """See the package.
+    """The attention backend in torch.
 
     Args:
         deterministic: see `AttentionBackend`; keys are copied then, and queries attend one by one.
@@ -36,7 +36,6 @@ class SDPABackend:
         return (num_heads, num_blocks, block_size, head_dim), 1
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
-        """See `AttentionBackend.plan`."""
         return OneByOne(batch, cache) if self.deterministic else SDPAPlan(batch, cache)
 
 
@@ -83,7 +82,6 @@ class SDPAPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `LayerPlan.run`."""
         keys, values = self._cache.keys[layer].flatten(1, 2), self._cache.values[layer].flatten(1, 2)
         # Under autocast a layer may give queries and keys of another dtype than values; the cache has one.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
@@ -137,13 +135,12 @@ class SDPAPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `RotaryPlan.run_rotary`."""
         query, key = (rotate(x, cos, sin, interleaved=interleaved, exact=self.exact) for x in (query, key))
         return self.run(layer, query, key, value, scale=scale, softcap=softcap, sinks=sinks)
 
 
 class OneByOne(SDPAPlan):
-    """The same with each query for itself, over a copy of its keys: nothing tells in which step it came, and where."""
+    """Deterministic mode: one query at a time over copied keys, so results don't depend on batching or chunking."""
 
     exact = True
 
@@ -165,7 +162,6 @@ class OneByOne(SDPAPlan):
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See `SDPAPlan._attend`."""
         window = self._windows[group]
         queries = iter(query.view(len(query), key.shape[1], -1, 1, query.shape[-1]).unbind(0))
         pieces = []

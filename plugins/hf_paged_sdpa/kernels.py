@@ -12,14 +12,12 @@ TILE = 16  # rows of each product in deterministic mode
 
 
 class TorchKernels:
-    """See `hf_paged.protocols.Kernels`."""
+    """`hf_paged.protocols.Kernels` by torch's products."""
 
     def compiles(self, tokens: int, weight: torch.Tensor) -> bool:
-        """See `Kernels.compiles`."""
         return False
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """See `Kernels.norm`."""
         weight, eps, gemma = norm
         y = functional.rms_norm(x.float(), x.shape[-1:], eps=eps)
         # Rounded where the models round: Gemma's weight meets the float32 value, the others' the rounded one.
@@ -28,18 +26,15 @@ class TorchKernels:
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
     ) -> torch.Tensor:
-        """See `Kernels.linear`."""
         out = _product(x if norm is None else self.norm(x, norm), weight).contiguous()
         return out if bias is None else out.add_(bias)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
-        """See `Kernels.gated`."""
         return _gated(_product(x if norm is None else self.norm(x, norm), weight), kind)
 
     def add_linear(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
-        """See `Kernels.add_linear`."""
         if _weight_goes_left(x):
             total.add_(_product(x, weight))
         else:
@@ -54,19 +49,16 @@ class TiledKernels(TorchKernels):
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, norm: Norm | None = None
     ) -> torch.Tensor:
-        """See `Kernels.linear`."""
         out = _tiled(x if norm is None else self.norm(x, norm), weight)
         return out if bias is None else out.add_(bias)
 
     def gated(self, x: torch.Tensor, weight: torch.Tensor, kind: str, norm: Norm | None = None) -> torch.Tensor:
-        """See `Kernels.gated`."""
         rows = self.linear(x, weight, None, norm).split(1)  # one at a time: see `hf_paged.hf.vectors`
         return torch.cat([_gated(row, kind) for row in rows])
 
     def add_linear(
         self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> None:
-        """See `Kernels.add_linear`."""
         total.add_(self.linear(x, weight, bias))
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from hf_paged.types import Request
-from hf_paged_structured.ahead import Ahead
-from hf_paged_structured.constraint import GrammarConstraint
+from hf_paged_structured.constraint import Ahead, GrammarConstraint
 
 
 class StructuredProcessor:
-    """See `LogitsProcessor`. One an engine.
+    """The logits processor of an engine; it changes logits in place.
 
     Attributes:
         needs_tokens: all earlier tokens of the requests that it concerns have to be known when it is called.
@@ -29,7 +28,6 @@ class StructuredProcessor:
         return isinstance(request.constraint, GrammarConstraint)
 
     def process(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
-        """See `LogitsProcessor.process`. In place."""
         rows, constraints = [], []
         for row, request in enumerate(requests):
             if isinstance(request.constraint, GrammarConstraint):
@@ -45,7 +43,7 @@ class StructuredProcessor:
         if self._ahead is None:
             self._ahead = Ahead()
         constraint.ahead = self._ahead
-        constraint.catch_up(request)  # one that resumes begins with tokens that nobody told it of
+        constraint.catch_up(request)  # a resumed request begins with output tokens
 
     def _compute(self, constraints: Sequence[GrammarConstraint]) -> None:
         """Every constraint has its mask then: those not computed ahead are computed now."""
@@ -53,7 +51,7 @@ class StructuredProcessor:
         self._ahead.wait_for(constraints)
         self._ahead.compute([c for c in constraints if c.mask is None and c.error is None])
         for constraint in constraints:
-            if constraint.mask is None:  # its error ends it at its next token, whichever that is
+            if constraint.mask is None:  # any token may follow: its error ends the request then
                 constraint.mask = np.full(constraint.words, -1, dtype=np.int32)
 
 

@@ -61,7 +61,7 @@ def _problem(why: str) -> str:
 
 
 def answerer(first: bytes) -> Callable[[bytes], bytes]:
-    """See `hf_paged.disposable`."""
+    """What tries grammars, each a frame; the first frame is the tokenizer's definition."""
     from llguidance import LLTokenizer
 
     given = json.loads(first)

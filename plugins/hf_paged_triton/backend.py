@@ -32,7 +32,6 @@ class TritonBackend:
         return (num_blocks, block_size, num_heads, head_dim), 0
 
     def plan(self, batch: Batch, cache: KVCache) -> LayerPlan:
-        """See `AttentionBackend.plan`."""
         while self._compiling:
             self._compiling.pop().join()
         return TritonPlan(batch, cache, self.deterministic)

@@ -46,7 +46,6 @@ class TritonPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `LayerPlan.run`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         # Under autocast a layer's queries and keys may have another dtype than its values; the cache has one dtype.
         query, key, value = (_dense(x.to(keys.dtype)) for x in (query, key, value))
@@ -68,7 +67,6 @@ class TritonPlan:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `RotaryPlan.run_rotary`."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         # Fresh rows read their keys from `key`; all others from the cache.
         rotated: dict[str, Any] = {"key_out": key} if self._fresh else {}

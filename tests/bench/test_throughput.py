@@ -9,8 +9,8 @@ import torch
 
 import zoo
 from hf_paged import cli
-from hf_paged.bench import engines, kv, profile, report, static, throughput
-from hf_paged.bench.run import Run
+from hf_paged.bench import engines, profile, report, static, throughput
+from hf_paged.bench.run import KVUse, Run
 from hf_paged.bench.workloads import Item
 from hf_paged.engine.in_flight import SampledTokens
 
@@ -72,7 +72,7 @@ def test_limit(text, expected):
 
 
 def test_ratios_are_medians_of_neighbouring_runs():
-    use = kv.KVUse(100, 90, 1)
+    use = KVUse(100, 90, 1)
     ours = [Run(seconds, [[1] * 100], use) for seconds in (1.0, 2.0, 4.0)]
     theirs = [Run(seconds, [[1] * 50], use) for seconds in (1.0, 4.0, 2.0)]
     summary = report.summarise({"ours": ours, "theirs": theirs})

@@ -25,7 +25,7 @@ pytest.importorskip("llguidance")
 import llguidance
 
 from hf_paged_structured import trial
-from hf_paged_structured.ahead import Ahead
+from hf_paged_structured.constraint import Ahead
 from hf_paged_structured.processor import apply
 
 VOCAB = 400

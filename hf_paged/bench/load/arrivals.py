@@ -1,4 +1,4 @@
-"""When requests are sent: at a rate, whatever the server does (open loop), or so many at a time (closed loop)."""
+"""When requests are sent: at a rate, whatever the server does (open loop), or N at a time (closed loop)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
-Send = Callable[[int, float], Awaitable[None]]  # the request's number, and when it is due
+Send = Callable[[int, float], Coroutine[Any, Any, None]]  # the request's number, and when it is due
 
 
 async def open_loop(count: int, rate: float, seed: int, send: Send) -> None:
@@ -18,7 +19,7 @@ async def open_loop(count: int, rate: float, seed: int, send: Send) -> None:
     tasks = []
     for number in range(count):
         await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-        tasks.append(asyncio.create_task(_call(send, number, began + due)))
+        tasks.append(asyncio.create_task(send(number, began + due)))
         due += next(gaps)
     await asyncio.gather(*tasks)
 
@@ -32,10 +33,6 @@ async def closed_loop(count: int, concurrency: int, send: Send) -> None:
             await send(number, time.perf_counter())
 
     await asyncio.gather(*(worker() for _ in range(min(concurrency, count))))
-
-
-async def _call(send: Send, number: int, due: float) -> None:
-    await send(number, due)
 
 
 def _gaps(rate: float, seed: int) -> Iterator[float]:

@@ -9,25 +9,10 @@ from typing import Any
 
 from hf_paged.bench.load import figures
 from hf_paged.bench.load.client import Timed
-from hf_paged.errors import ConfigError
 
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#e4e7eb"
 BLUE, ORANGE, GREEN = "#2563b8", "#c2571a", "#1a7f4b"
 MARKED = ("p50", "p99")
-
-
-def check() -> None:
-    """See that matplotlib is there, before a long run.
-
-    Raises:
-        ConfigError: it isn't.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib, which isn't installed: pip install '.[bench]' in a clone of hf_paged"
-        ) from error
 
 
 def draw(requests: Sequence[Timed], summary: dict[str, Any], path: Path) -> None:

@@ -41,7 +41,7 @@ async def model_name(session: aiohttp.ClientSession, url: str, wanted: str | Non
     """The name of the model to ask for: the one wanted, or the first that the server lists.
 
     Raises:
-        ConfigError: nobody answers, or the answer isn't a list of models.
+        ConfigError: no server answers, or the answer isn't a list of models.
     """
     import aiohttp
 

