@@ -6,14 +6,17 @@ One page to hold the whole in your head; who writes a plugin for the server read
     routes -> text.* (templates, ids) -> front.fleet.Fleet  ==zmq, msgspec==>  worker.EngineLoop -> engine.Engine
            <- text.stream (text, stops)  <- Delta           <==============    one message a step
 
-**The front holds everything, the engine process nothing.** A `front.engine.Submission` is a request as the front knows
-it: prompt ids, `SamplingParams`, seed, deadline. The `Fleet` keeps with it the tokens so far, places it on a replica,
-and when that replica dies places it again, to go on from its next token. Tokenising, detokenising, stop strings, tool
-calls and HTTP are the front's; the engine process sees ids alone.
+**The front holds everything, the engine process nothing.** A `front.sequence.Sequence` is one output that a call waits
+for: prompt ids, `SamplingParams`, seed, deadline, the tokens so far, their text, and the deltas that are not read
+yet. The `Fleet` places it on a replica, and when that replica dies places it again, to go on from its next token.
+Tokenising, detokenising, stop strings, tool calls and HTTP are the front's; the engine process sees ids alone.
 
-**An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `check_room`, `submit` -> async
-streams of `messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other
-machines fit behind the same methods.
+**A call** is a `generation.Call`; each generating route has its own kind, which makes prompts of the body and an answer
+of the pieces of text.
+
+**An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `check_room`, `submit`, which puts a
+`messages.Delta` into each sequence as it comes, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is;
+engines on other machines fit behind the same methods.
 
 **The application.** `app.create_app(config, engine, text, stats)` makes the application. On `app.state` there are:
 

@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import abc
 from typing import Protocol
 
-from hf_paged.params import SamplingParams
-from hf_paged.server.messages import Delta, Ready
-from hf_paged.server.stats import RequestRecord
-
-
-@dataclasses.dataclass(eq=False)
-class Submission:
-    """One sequence to be carried, as the front knows it.
-
-    Attributes:
-        record: who it is, and what becomes of it.
-        prompt: token ids.
-        params: how tokens are chosen; `n` is 1, and a sampled one has a seed.
-        eos: ids that end it.
-        banned: token sequences that must not be produced.
-        priority: smaller runs first, where the scheduler is "priority"; a level is worth a minute of waiting.
-        cache_key: only requests of the same key share blocks.
-        parent: a submission with the same prompt, handed in just before, whose blocks it shares.
-        deadline, queue_deadline: points in `time.monotonic()` after which it ends, or ends unless it has begun.
-    """
-
-    record: RequestRecord
-    prompt: Sequence[int]
-    params: SamplingParams
-    eos: frozenset[int] = frozenset()
-    banned: tuple[tuple[int, ...], ...] = ()
-    priority: int = 0
-    cache_key: str | None = None
-    parent: Submission | None = None
-    deadline: float | None = None
-    queue_deadline: float | None = None
+from hf_paged.server.front.sequence import Sequence
+from hf_paged.server.messages import Ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +32,6 @@ class Snapshot:
     replicas: tuple[str, ...]
 
 
-class DeltaStream(Protocol):
-    """What a sequence brings; the delta with `finish` is the last."""
-
-    def __aiter__(self) -> DeltaStream:
-        """Itself."""
-        ...
-
-    async def __anext__(self) -> Delta:
-        """What came since the last call, as one delta; waits for something."""
-        ...
-
-    async def aclose(self) -> None:
-        """Leave. Before the end that aborts the sequence."""
-        ...
-
-
 class EngineClient(Protocol):
     """An engine, or several that look like one. Used in the event loop alone."""
 
@@ -90,18 +45,18 @@ class EngineClient(Protocol):
         """
         ...
 
-    def submit(self, group: Sequence[Submission]) -> Sequence[DeltaStream]:
-        """Take sequences that share a prompt; for each the stream of what it brings, which ends after `finish`.
+    def submit(self, group: abc.Sequence[Sequence]) -> None:
+        """Take sequences that share a prompt. Each is given (`Sequence.put`) what it brings, at last one with `finish`.
 
-        Nothing is awaited: a request is in once this returns. Leaving a stream early (`aclose`) aborts its sequence.
+        Nothing is awaited: a request is in once this returns.
 
         Raises:
             APIError: as `check_room`; none of the group was taken.
         """
         ...
 
-    def abort(self, submission: Submission, reason: str = "abort") -> None:
-        """End a sequence; its stream ends with `finish` being the reason. Does nothing to one that is over."""
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        """End a sequence, with `finish` being the reason. Does nothing to one that is over."""
         ...
 
     def abort_all(self) -> None:
@@ -113,5 +68,5 @@ class EngineClient(Protocol):
         ...
 
     async def close(self) -> None:
-        """End everything, processes too. Streams that are open end with abort."""
+        """End everything, processes too. Sequences that have not ended end with abort."""
         ...

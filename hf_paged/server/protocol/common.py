@@ -157,7 +157,7 @@ class StructuredOutputs(Strict):
         return value
 
     def constraint(self) -> dict[str, Any]:
-        """The fields that are set."""
+        """See `sampling.Asks`."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -170,11 +170,28 @@ class JSONSchema(Strict):
     strict: Bool | None = Field(None, description="The schema is always held to.")
 
 
+def constraint_of(kind: str, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The field of StructuredOutputs that a format asks for, and its value; None: any text will do."""
+    if kind == "json_object":
+        return {"json_object": True}
+    return {"json": schema or {}} if kind == "json_schema" else None
+
+
 class ResponseFormat(Strict):
     """What the answer has to be like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise misfit("json_schema", "response_format of the type 'json_schema' needs json_schema")
+        return self
+
+    def constraint(self) -> dict[str, Any] | None:
+        """See `sampling.Asks`."""
+        return constraint_of(self.type, None if self.json_schema is None else self.json_schema.schema_)
 
 
 class CacheBreakpoint(Strict):

@@ -19,6 +19,7 @@ from hf_paged.server.protocol.common import (
     Str,
     Strict,
     Verbosity,
+    constraint_of,
     misfit,
 )
 
@@ -159,6 +160,10 @@ class TextFormat(Strict):
     description: Str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: Bool | None = None
+
+    def constraint(self) -> dict[str, Any] | None:
+        """See `sampling.Asks`."""
+        return constraint_of(self.type, self.schema_)
 
 
 class TextOptions(Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,7 +23,6 @@ from hf_paged.server.text.model_text import ModelText
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DONE = b"data: [DONE]\n\n"
 CLIENT_GONE = 499  # nginx's status for it; nobody reads it but the logs
 to_json = msgspec.json.Encoder().encode
 
@@ -60,38 +59,27 @@ def _joined(values: Sequence[Any]) -> msgspec.Raw:
     return msgspec.Raw(b"[" + b",".join(map(to_json, values)) + b"]")
 
 
-async def respond(
-    request: Request,
-    call: Call,
-    stream: bool,
-    events: Callable[[], AsyncGenerator[bytes, None]],
-    answer: Callable[[], Coroutine[Any, Any, Any]],
-    *,
-    done: bytes = DONE,
-) -> Response:
+async def respond(request: Request, call: Call) -> Response:
     """Answer a call, and close it when that is done.
 
     A stream begins with its first event, so that what fails before has a status of its own.
-
-    Args:
-        events: makes the events of a streamed answer.
-        answer: makes the body of another one.
-        done: ends a stream.
     """
+    call.open()
     handed_on = False
     try:
-        if not stream:
-            found = await unless_gone(request, answer())
-            many = len(call.choices) > FEW or sum(choice.tokens for choice in call.choices) > heavy.MANY
+        if not call.body.stream:
+            found = await unless_gone(request, call.whole())
+            tokens = sum(sequence.text.num_tokens for sequence in call.sequences)
+            many = len(call.sequences) > FEW or tokens > heavy.MANY
             return Response(await heavy.run_if(many, whole_json, found), media_type="application/json")
-        source = events()
+        source = call.events()
         try:
             first = await unless_gone(request, _first(source))
         except BaseException:
             await source.aclose()
             raise
         handed_on = True
-        return EventStream(call, first, source, done)
+        return EventStream(call, first, source)
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
     finally:
@@ -133,15 +121,14 @@ class EventStream(Response):
         call: closed at the end, however that comes.
         first: the first event.
         source: the others.
-        done: sent after the last one.
     """
 
-    def __init__(self, call: Call, first: bytes, source: AsyncGenerator[bytes, None], done: bytes) -> None:
+    def __init__(self, call: Call, first: bytes, source: AsyncGenerator[bytes, None]) -> None:
         self.status_code, self.background = 200, None
         self.media_type = "text/event-stream"
         self.charset = "utf-8"
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._call, self._first, self._source, self._done = call, first, source, done
+        self._call, self._first, self._source = call, first, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -164,14 +151,14 @@ class EventStream(Response):
         try:
             async for data in self._source:
                 await _send(send, data)
-            end = self._done
+            end = self._call.done
         except APIError as error:
-            end = event(error.body) + self._done
+            end = event(error.body) + self._call.done
         except OSError:
             raise
         except Exception:
             logger.exception("a stream failed", extra={"request_id": self._call.client_id})
-            end = event(APIError(500, "internal error; see the server's logs").body) + self._done
+            end = event(APIError(500, "internal error; see the server's logs").body) + self._call.done
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 

@@ -15,7 +15,7 @@ from hf_paged.server.protocol.responses import (
     InputText,
     ResponsesRequest,
 )
-from hf_paged.server.routes.chat_prompt import known_options
+from hf_paged.server.routes.prompts import known_options, plain
 from hf_paged.server.text.model_text import ModelText
 
 
@@ -27,7 +27,7 @@ async def prompt_of(body: ResponsesRequest, tools: Sequence[Tool], model_text: M
     """
     return await model_text.render(
         _later(body),
-        tools=(tool.model_dump(exclude_none=True) for tool in tools) if body.tool_choice != "none" else None,
+        tools=plain(tools) if body.tool_choice != "none" else None,
         template_options=known_options(
             model_text.chat_template,
             reasoning_effort=body.reasoning.effort if body.reasoning else None,

@@ -13,7 +13,7 @@ from hf_paged.server.bodies import BodyRoute
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from hf_paged.server.routes.chat_prompt import plain
+from hf_paged.server.routes.prompts import plain
 from hf_paged.server.routes.respond import CLIENT_GONE, ClientGone, to_json, unless_gone
 from hf_paged.server.text.model_text import MOST_TOKENS, ModelText
 
@@ -48,8 +48,8 @@ async def _ids_of(body: TokenizeRequest, request: Request) -> bytes:
         prompt, special = body.prompt, body.add_special_tokens is not False
     else:
         prompt = await text.render(
-            map(plain, body.messages or []),
-            tools=(tool.model_dump(exclude_none=True) for tool in body.tools or []),
+            plain(body.messages),
+            tools=plain(body.tools),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_options=body.chat_template_kwargs,

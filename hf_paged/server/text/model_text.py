@@ -73,11 +73,6 @@ class ModelText:
             raise ConfigError(f"the tokenizer of {name!r} can't be loaded: {error}") from error
         return cls(tokenizer, _template(config.chat_template))
 
-    @property
-    def eos(self) -> frozenset[int]:
-        """The tokenizer's id for the end of a sequence; the model may know more."""
-        return frozenset(i for i in [self.tokenizer.eos_token_id] if i is not None)
-
     async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Call a function in a thread. It is not begun if the caller is cancelled before."""
         call = functools.partial(function, *arguments, **options)
