@@ -112,7 +112,7 @@ class LLM:
             config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
         try:
-            self._patched.driver()  # what is wrong is said now; each call asks again, for the model may change
+            self._patched.driver()  # report errors now; each call checks again, since the model may change
         except BaseException:
             self.close()
             raise
@@ -171,7 +171,7 @@ class LLM:
 
         def run(*, again: bool = False) -> list[Carried]:
             carried = self._carried(items, params, priorities)
-            _, driver = self.engine()  # of the model as it is now: to tokenise many prompts takes seconds
+            _, driver = self.engine()  # again: the model may have changed during the seconds that tokenising takes
             try:
                 with Progress(carried, use_tqdm):
                     carry(driver, carried, raise_on_error=raise_on_error)

@@ -171,7 +171,7 @@ def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -
     """
     requests = sorted((request for one in carried for request in one.requests), key=_longest_first)
     now = time.monotonic()
-    for request in requests:  # of one arrival: prompts that took long to tokenise are ordered by priority all the same
+    for request in requests:  # one arrival time for all, so that only priority orders them
         request.metrics.arrival_time = now
     with driver.call(requests) as call, call:
         call.wait(lambda: all(r.finished for r in requests) or (raise_on_error and any(r.error for r in requests)))
@@ -184,7 +184,7 @@ def carry(driver: Driver, carried: Sequence[Carried], *, raise_on_error: bool) -
     index, error = failed[0]
     if raise_on_error:
         raise RequestFailedError(index, error) from error
-    # Programs that look at no finish reason must not take an empty text for an answer.
+    # Warn: programs that don't check finish reasons would take the empty text for an answer.
     notices.warn(
         f"{len(failed)} of {len(carried)} prompts failed; their finish_reason is 'error'. The first is prompt {index}: "
         f"{first_line(error)}. With raise_on_error=True this is an exception"

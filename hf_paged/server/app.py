@@ -18,7 +18,7 @@ from hf_paged._version import __version__
 from hf_paged.server.bodies import JSONBodies
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError
-from hf_paged.server.front.engine import EngineClient
+from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.lifecycle import Lifecycle
 from hf_paged.server.logs import RequestLog
 from hf_paged.server.middleware import LOCAL_NAMES, PROBES, APIKeys, BodyLimit, Hosts, RequestIds
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def create_app(
     config: ServerConfig,
-    engine: EngineClient,
+    engine: Fleet,
     text: ModelText,
     stats: ServerStats,
     manager: pluggy.PluginManager | None = None,

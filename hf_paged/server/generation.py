@@ -16,11 +16,11 @@ from fastapi import Request
 from hf_paged.params import SamplingParams
 from hf_paged.server import heavy
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError, ended, invalid
-from hf_paged.server.front.engine import EngineClient
+from hf_paged.server.errors import APIError, check_model, ended, invalid
+from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.messages import Delta, Ready
-from hf_paged.server.protocol.common import PromptTokensDetails, Shared, Usage
+from hf_paged.server.protocol.common import Shared
 from hf_paged.server.sampling import Shape, refusal, sampling_params
 from hf_paged.server.stats import RequestRecord
 from hf_paged.server.text.model_text import MOST_TOKENS, ModelText, too_long
@@ -57,7 +57,7 @@ class Call:
     def __init__(self, request: Request, body: Shared) -> None:
         state = request.app.state
         self.config: ServerConfig = state.config
-        self.engine: EngineClient = state.engine
+        self.engine: Fleet = state.engine
         self.model_text: ModelText = state.text
         self.body = body
         self.seeds: random.Random = state.seeds
@@ -126,7 +126,7 @@ class Call:
             return
         self._open = False
         self._lifecycle.in_flight -= 1
-        for sequence in self.sequences:  # what didn't run shares the refusal of its call
+        for sequence in self.sequences:  # a sequence without a token shares the refusal of its call
             ran = sequence.record.first_token is not None
             self.engine.abort(sequence, "refused" if self._refused and not ran else "abort")
 
@@ -134,18 +134,12 @@ class Call:
 
     def _check(self) -> Ready:
         self._refusing(self._lifecycle.check)
-        self._refusing(self.engine.check_room, 1)  # before any of its text is looked at
-        if self.body.model is not None and self.body.model not in self.config.names:
-            raise APIError(
-                404,
-                f"the model {self.body.model!r} is not served; served are {', '.join(self.config.names)}",
-                param="model",
-                code="model_not_found",
-            )
+        self._refusing(self.engine.check_room, 1)  # before its text is tokenised
+        check_model(self.body.model, self.config.names)
         if self.body.priority and self.config.paged.scheduler != "priority":
             raise invalid(f"priority={self.body.priority} needs the server's --option scheduler=priority", "priority")
         self._check_logprobs()
-        assert self.engine.info is not None  # else there would be no room
+        assert self.engine.info is not None  # check_room refuses calls before that
         return self.engine.info
 
     def _check_logprobs(self) -> None:
@@ -262,7 +256,7 @@ class Call:
         large = count > FEW or self.has_long_lists
         made = await heavy.run_if(large, self._made, prompts, banned)
         self._refusing(self.engine.submit, made)
-        self.sequences = made  # not before: `close` aborts them
+        self.sequences = made  # after `submit`, since `close` aborts them
 
     def _made(self, prompts: Prompts, banned: tuple[tuple[int, ...], ...]) -> list[Sequence]:
         ends = end_ids(self.ready.eos, self.model_text.tokenizer)
@@ -340,7 +334,7 @@ class Call:
         async for delta in sequence:
             self._check_end(delta)
             piece = sequence.text.add(delta)
-            if sequence.parent is None:  # the others share what the first one computes
+            if sequence.parent is None:  # copies find what the first one computed
                 self._cached += piece.cached or 0
             ended = piece.finish_reason is not None
             if ended and delta.finish is None:
@@ -364,17 +358,16 @@ class Call:
                 raise APIError(429, message, code="rejected", retry_after=delta.retry_after)
             raise APIError(500, message, code="engine_error")
 
-    def usage(self) -> Usage:
-        """Token counts so far: each prompt once."""
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far, as `protocol.common.Usage` has them: each prompt once."""
         prompts = {id(sequence.prompt): len(sequence.prompt) for sequence in self.sequences}
         prompt, output = sum(prompts.values()), sum(sequence.text.num_tokens for sequence in self.sequences)
-        details = PromptTokensDetails(cached_tokens=min(self._cached, prompt))
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=output,
-            total_tokens=prompt + output,
-            prompt_tokens_details=details,
-        )
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": min(self._cached, prompt)},
+        }
 
 
 def _cache_key(request: Request, salt: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_paged.params import SamplingParams
 
-# Tokens of the prompt that the first pieces are decoded with: what a token reads as depends on the one before it.
+# Prompt tokens that the first pieces are decoded with: the text of a token depends on the token before it.
 _CONTEXT = 6
 
 

@@ -77,13 +77,8 @@ class OutputText:
         return self.stop
 
     def held_back(self, shown: int) -> int:
-        """Characters at the end of the text that a stop string may begin with, `shown` ones not among them."""
-        if self.stop is not None:
-            return 0
-        for length in range(min(max(map(len, self._stops), default=1) - 1, len(self.text) - shown), 0, -1):
-            if any(stop.startswith(self.text[-length:]) for stop in self._stops):
-                return length
-        return 0
+        """Characters at the end of the text, after the first `shown` ones, that a stop string may begin with."""
+        return 0 if self.stop is not None else overlap(self.text[shown:], self._stops)
 
     def _decode(self, ids: Sequence[int], *, last: bool) -> None:
         if self._detokenizer is not None and (ids or last):
@@ -96,3 +91,9 @@ class OutputText:
             at, self.stop = min(found)
             self.text = self.text[: at + len(self.stop) * self._keep]
         return bool(found)
+
+
+def overlap(text: str, marks: Sequence[str]) -> int:
+    """Characters at the end of `text` that one of the marks may begin with."""
+    most = min(max(map(len, marks), default=1) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)

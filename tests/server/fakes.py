@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from hf_paged.server.app import create_app
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
-from hf_paged.server.front.engine import Snapshot
+from hf_paged.server.front.fleet import Snapshot
 from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.lifecycle import Phase
 from hf_paged.server.messages import Delta, Ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import dataclasses
 import itertools
 import logging
 import time
@@ -13,7 +14,6 @@ from collections import abc
 from hf_paged.engine.scheduler import turn
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
-from hf_paged.server.front.engine import Snapshot
 from hf_paged.server.front.process import Spares
 from hf_paged.server.front.replica import Replica
 from hf_paged.server.front.router import Router
@@ -25,11 +25,33 @@ from hf_paged.server.stats import ServerStats
 
 logger = logging.getLogger("hf_paged.server")
 
-KILLS = 2  # engines that a request may take with it
+KILLS = 2  # engine deaths after which the request that causes them is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """How an engine is doing.
+
+    Attributes:
+        ready: whether it takes requests now.
+        alive: whether it makes progress, or will again.
+        why: if one of them isn't so, the reason.
+        waiting, waiting_tokens: requests that have no token yet, and what they are about to compute.
+        running: requests that have one.
+        replicas: for each one its state: starting, ready, restarting, stopped.
+    """
+
+    ready: bool
+    alive: bool
+    why: str
+    waiting: int
+    waiting_tokens: int
+    running: int
+    replicas: tuple[str, ...]
 
 
 class Fleet:
-    """See `front.engine.EngineClient`, which this is.
+    """All engines, as one. Used in the event loop alone; routes and tests know no more of it than its public methods.
 
     A sequence waits in the queue until a replica has room for it; the replicas' own queues stay short, so that what
     waits can still go anywhere. When an engine dies, its sequences go back to the queue's front, and each replica is
@@ -84,13 +106,13 @@ class Fleet:
             await asyncio.sleep(0.02)
 
     def abort_all(self) -> None:
-        """See `EngineClient.abort_all`."""
+        """End every sequence, and take no more."""
         self._closed = True
         for sequence in list(self._held):
             self.abort(sequence)
 
     async def close(self) -> None:
-        """See `EngineClient.close`."""
+        """End everything, processes too. Sequences that have not ended end with abort."""
         self.abort_all()
         for replica in self._replicas:
             replica.stop()
@@ -104,7 +126,7 @@ class Fleet:
         self._sockets.close()
 
     def snapshot(self) -> Snapshot:
-        """See `EngineClient.snapshot`."""
+        """How the engines are doing."""
         ready = any(replica.state == "ready" for replica in self._replicas)
         hung = [replica for replica in self._replicas if replica.stalled() > self._config.watchdog]
         lost = [replica for replica in self._replicas if replica.lost]
@@ -125,11 +147,6 @@ class Fleet:
             replicas=states,
         )
 
-    @property
-    def pids(self) -> list[int | None]:
-        """Of the engine processes."""
-        return [replica.pid for replica in self._replicas]
-
     async def _watchdog(self) -> None:
         """An engine that hangs fails the liveness probe; left alone for as long again, it is killed and replaced.
 
@@ -141,7 +158,7 @@ class Fleet:
             for replica in self._replicas:
                 try:
                     self._check_progress(replica)
-                except Exception:  # the others are watched all the same
+                except Exception:  # keep watching the others
                     logger.exception("engine %d can't be watched", replica.index)
             if all(replica.state in ("ready", "stopped") for replica in self._replicas):
                 await self._spares.prepare()
@@ -159,7 +176,13 @@ class Fleet:
     # -------------------------------------------------------------------------------------------------- come, go, queue
 
     def submit(self, group: abc.Sequence[Sequence]) -> None:
-        """See `EngineClient.submit`."""
+        """Take sequences that share a prompt. Each is given (`Sequence.put`) what it brings, at last one with `finish`.
+
+        Nothing is awaited: a request is in once this returns.
+
+        Raises:
+            APIError: as `check_room`; none of the group was taken.
+        """
         self.check_room(len(group), sum(len(sequence.prompt) for sequence in group))
         for sequence in group:
             sequence.check()
@@ -182,12 +205,16 @@ class Fleet:
         self._set_timers(sequence)
 
     def abort(self, sequence: Sequence, reason: str = "abort") -> None:
-        """See `EngineClient.abort`."""
+        """End a sequence, with `finish` being the reason. Does nothing to one that is over."""
         if sequence in self._held:
             self._end(sequence, Delta(sequence.name, finish=reason), tell_engine=True)
 
     def check_room(self, count: int, tokens: int = 0) -> None:
-        """See `EngineClient.check_room`."""
+        """See whether `count` sequences with `tokens` prompt tokens would be taken now.
+
+        Raises:
+            APIError: 429, the queue is full; 503, nothing is taken now; 400, more than the server ever takes.
+        """
         if self._closed or self.info is None:
             after = self._ready_in()
             raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=after)
@@ -215,7 +242,7 @@ class Fleet:
     def _retry_after(self) -> float:
         """Seconds until half of what waits has its turn, at the pace at which sequences end while others wait."""
         pace = self._pace.rate or self._projected()
-        if pace is None:  # nothing is known yet: as long again as the oldest has been here
+        if pace is None:  # nothing measured yet: assume that the oldest needs as long again
             oldest = next(iter(self._held), None)
             return bounded(0.0 if oldest is None else time.monotonic() - oldest.record.arrival)
         return bounded((len(self._queue) + len(self._returning) + 1) / 2 / pace)
@@ -347,7 +374,7 @@ class Fleet:
         assert delta.finish is not None
         self._stats.brought(sequence.record, delta)
         self._stats.ended(sequence.record, delta.finish, delta.error)
-        if sequence.output:  # what left before its turn tells nothing of the engines' pace
+        if sequence.output:  # one that never ran says nothing about the pace
             self._pace.done()
         sequence.put(delta)
         self._pump()

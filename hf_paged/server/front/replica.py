@@ -168,7 +168,7 @@ class Replica:
             self.probe = sequence
         self.sequences[sequence.name] = sequence
         if not self.send(sequence.message()):
-            sequence.fresh = False  # the process never had it, so it doesn't die of it
+            sequence.fresh = False  # the process did not get it, so its death is not this sequence's fault
 
     def forget(self, sequence: Sequence, *, abort: bool) -> None:
         """It is done with a sequence; `abort`: and has to be told so."""

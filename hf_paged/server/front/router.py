@@ -24,7 +24,7 @@ class Router:
 
     def __init__(self) -> None:
         self._seen: dict[int, OrderedDict[bytes, None]] = {}
-        self._turns: dict[int, int] = {}  # of equals, the one that was not chosen for longest
+        self._turns: dict[int, int] = {}  # number of each replica's last choice: of equals the oldest is taken
         self._turn = itertools.count(1)
 
     def choose(self, sequence: Sequence, replicas: abc.Sequence[Replica]) -> Replica:

@@ -72,7 +72,7 @@ class Sequence:
         self.text = TextStream(texts, self.prompt, self.params, self.eos)
         self._unread: list[Delta] = []
         self._wake: asyncio.Future[None] | None = None
-        self._read = False  # to its end
+        self._read = False  # the last delta was read
         self._waited = 0.0  # seconds, in the front
         self._prompt_logprobs_told = False
 
@@ -120,7 +120,7 @@ class Sequence:
         Raises:
             APIError: 400; a value of its parameters has no place in a message.
         """
-        try:  # the prompt of a child was looked at with its parent
+        try:  # a child's prompt is its parent's, which was checked
             encode(self.message() if self.parent is None else packed(self.params))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise invalid(f"a value of the request can't be handed to an engine: {error}") from None

@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field, model_validator
 from hf_paged.server.protocol.common import (
     MOST_TOOLS,
     Bool,
-    CacheBreakpoint,
     Int,
     ListOf,
     Metadata,
+    Part,
     Sampled,
     Str,
     Strict,
@@ -21,20 +21,10 @@ from hf_paged.server.protocol.common import (
 )
 
 
-class TextPart(Strict):
+class TextPart(Part):
     """A part of a message; only text is understood."""
 
-    kinds = "parts"
     type: Literal["text", "refusal"]
-    text: Str = ""
-    refusal: Str | None = Field(None, description="The text of a part of the type 'refusal'.")
-    prompt_cache_breakpoint: CacheBreakpoint | None = None
-
-    @model_validator(mode="after")
-    def _has_text(self) -> TextPart:
-        if self.type not in self.model_fields_set:
-            raise ValueError(f"a part of the type {self.type!r} needs {self.type}")
-        return self
 
 
 class FunctionCall(Strict):

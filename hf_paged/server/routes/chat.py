@@ -82,7 +82,7 @@ class _ChatCall(ChoicesCall):
         return {"index": sequence.index, "message": message, **self._rest(piece), "stop_reason": piece.stop_reason}
 
     def answer(self) -> dict[str, Any]:
-        for choice in self._choices.values():  # without what it hasn't got: calls, or text beside calls
+        for choice in self._choices.values():  # leave out empty calls, and blank text beside calls
             message = choice["message"]
             if not message["tool_calls"]:
                 del message["tool_calls"]

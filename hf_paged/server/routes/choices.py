@@ -27,7 +27,7 @@ class ChoicesCall(Call):
 
     def __init__(self, request: Request, body: Sampled) -> None:
         super().__init__(request, body)
-        self._choices: dict[int, dict[str, Any]] = {}  # as far as they have come; of a stream the index alone
+        self._choices: dict[int, dict[str, Any]] = {}  # by index; for a stream, empty
         self._beside: dict[str, Any] = {}  # what the answer has beside its choices
 
     async def choice_of(self, sequence: Sequence, piece: Piece, first: bool) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class ChoicesCall(Call):
     def body_of(self, kind: str, choices: list[dict[str, Any]], counted: bool) -> dict[str, Any]:
         """An answer, or a chunk of one; `counted`: with the tokens so far."""
         body = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-        return body | ({"usage": self.usage().model_dump()} if counted else {})
+        return body | ({"usage": self.usage()} if counted else {})
 
     async def of_prompt(self, sequence: Sequence, piece: Piece, first: bool) -> dict[str, Any]:
         """What is told of the prompt: its ids, and their log-probabilities."""

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from hf_paged.params import SamplingParams
 from hf_paged.server import heavy
 from hf_paged.server.bodies import BodyRoute
-from hf_paged.server.errors import invalid
+from hf_paged.server.errors import check_vocabulary, invalid
 from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.generation import FEW
 from hf_paged.server.protocol.common import ERRORS
@@ -79,18 +79,12 @@ class _CompletionCall(ChoicesCall):
                 found.append(await self.ids(item, special=self.body.add_special_tokens, param="prompt"))
                 self._texts.append(item)
             else:
-                found.append(self.cut(self._known(item)))
+                check_vocabulary(item, self.ready.vocab_size, "prompt")
+                found.append(self.cut(item))
                 if echo:
                     self.room(found[-1], "prompt", max_tokens=self.body.max_tokens)  # before all of it is decoded
                 self._texts.append(await self.model_text.decode(item) if echo else "")
         return found
-
-    def _known(self, ids: list[int]) -> list[int]:
-        size = self.ready.vocab_size
-        if ids and max(ids) >= size:
-            wrong = next(token for token in ids if token >= size)
-            raise invalid(f"token id {wrong} in the prompt is outside the vocabulary (0 to {size - 1})", "prompt")
-        return ids
 
     async def choice_of(self, sequence: Sequence, piece: Piece, first: bool) -> dict[str, Any]:
         body = self.body

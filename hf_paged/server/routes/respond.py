@@ -23,7 +23,7 @@ from hf_paged.server.text.model_text import ModelText
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CLIENT_GONE = 499  # nginx's status for it; nobody reads it but the logs
+CLIENT_GONE = 499  # nginx's status for it; only the logs see it
 to_json = msgspec.json.Encoder().encode
 
 
@@ -68,18 +68,18 @@ async def respond(request: Request, call: Call) -> Response:
     handed_on = False
     try:
         if not call.body.stream:
-            found = await unless_gone(request, call.whole())
+            found = await unless_gone(request.receive, call.whole())
             tokens = sum(sequence.text.num_tokens for sequence in call.sequences)
             many = len(call.sequences) > FEW or tokens > heavy.MANY
             return Response(await heavy.run_if(many, whole_json, found), media_type="application/json")
         source = call.events()
         try:
-            first = await unless_gone(request, _first(source))
+            first = await unless_gone(request.receive, _first(source))
         except BaseException:
             await source.aclose()
             raise
         handed_on = True
-        return EventStream(call, first, source)
+        return _EventStream(call, first, source)
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
     finally:
@@ -91,13 +91,13 @@ async def _first(source: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(source)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client leaves.
 
     Raises:
         ClientGone: it left.
     """
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -114,7 +114,7 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class _EventStream(Response):
     """Server-sent events. When the client leaves, or the source fails, the call is closed.
 
     Args:
@@ -131,19 +131,16 @@ class EventStream(Response):
         self._call, self._first, self._source = call, first, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        pump, leaving = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait({pump, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await unless_gone(receive, self._pump(send))
+        except ClientGone:
+            pass
+        except Exception as error:
+            logger.debug("a stream broke off: %r", error)
         finally:
-            for task in (pump, leaving):
-                task.cancel()
-            await asyncio.gather(pump, leaving, return_exceptions=True)
             with contextlib.suppress(RuntimeError):
                 await self._source.aclose()
             await self._call.close()
-        if pump.done() and not pump.cancelled() and pump.exception() is not None:
-            logger.debug("a stream broke off: %r", pump.exception())
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

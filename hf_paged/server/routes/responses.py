@@ -15,8 +15,9 @@ from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.generation import Call
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.responses import ResponseBody, ResponsesRequest
+from hf_paged.server.routes.prompts import known_options, plain
 from hf_paged.server.routes.respond import event, respond
-from hf_paged.server.routes.responses_prompt import prompt_of
+from hf_paged.server.routes.responses_prompt import messages_of
 from hf_paged.server.routes.tool_use import ToolUse
 from hf_paged.server.sampling import shape_of
 from hf_paged.server.text.logprobs import chat_logprobs
@@ -59,8 +60,17 @@ class _ResponsesCall(Call):
 
     async def begin(self) -> None:
         body = self.body
-        text = await prompt_of(body, self._tools, self.model_text)
         form = body.text.format if body.text else None
+        text = await self.model_text.render(
+            messages_of(body),
+            tools=plain(self._tools) if body.tool_choice != "none" else None,
+            template_options=known_options(
+                self.model_text.chat_template,
+                reasoning_effort=body.reasoning.effort if body.reasoning else None,
+                verbosity=body.text.verbosity if body.text else None,
+            ),
+            param="input",
+        )
         self._params = await self.start_one(
             text,
             special=False,
@@ -169,7 +179,7 @@ class _ResponsesCall(Call):
         assert params is not None
         output: list[dict[str, Any]] = []
         if complete:
-            said = self._message("completed" if self._calls else self._status)  # a message before calls is over
+            said = self._message("completed" if self._calls else self._status)  # calls follow: the message is complete
             output = [said] if self._text or not self._calls else []
             output += [_call_item(entry) for entry in self._calls]
         status = self._status if complete else "in_progress"
@@ -204,13 +214,12 @@ class _ResponsesCall(Call):
 
     def _usage(self) -> dict[str, Any]:
         usage = self.usage()
-        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         return {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": cached},
-            "output_tokens": usage.completion_tokens,
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage.total_tokens,
+            "total_tokens": usage["total_tokens"],
         }
 
 

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from hf_paged.server import heavy
 from hf_paged.server.bodies import BodyRoute
-from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.errors import check_model, check_vocabulary, invalid
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from hf_paged.server.routes.prompts import plain
@@ -24,7 +24,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in
 @router.post("/tokenize", response_model=TokenizeResponse, responses=_ERRORS, summary="Text or a conversation to ids")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids that a prompt, or a conversation under the chat template, becomes."""
-    _check_model(request, body.model)
+    check_model(body.model, request.app.state.config.names)
     return await _answered(request, _ids_of(body, request))
 
 
@@ -32,13 +32,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of ids, special tokens included."""
     text: ModelText = request.app.state.text
-    _check_model(request, body.model)
-    size, most = len(text.tokenizer), _most(request)
+    check_model(body.model, request.app.state.config.names)
+    most = _most(request)
     if len(body.tokens) > most:
         raise invalid(f"{len(body.tokens)} tokens are more than the {most} that a call may have", "tokens")
-    if body.tokens and max(body.tokens) >= size:
-        wrong = next(token for token in body.tokens if token >= size)
-        raise invalid(f"token id {wrong} is outside the vocabulary (0 to {size - 1})", "tokens")
+    check_vocabulary(body.tokens, len(text.tokenizer), "tokens")
     return await _answered(request, _text_of(body, text))
 
 
@@ -74,7 +72,7 @@ async def _text_of(body: DetokenizeRequest, text: ModelText) -> bytes:
 async def _answered(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
     """The answer that `work` makes, unless the client leaves; then the work ends."""
     try:
-        return Response(await unless_gone(request, work), media_type="application/json")
+        return Response(await unless_gone(request.receive, work), media_type="application/json")
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
 
@@ -83,10 +81,3 @@ def _most(request: Request) -> int:
     """Tokens that a text may have: more than the model takes, for who wants to know how many there are."""
     info = request.app.state.engine.info
     return max(MOST_TOKENS, 0 if info is None else info.longest)
-
-
-def _check_model(request: Request, name: str | None) -> None:
-    names = request.app.state.config.names
-    if name is not None and name not in names:
-        message = f"the model {name!r} is not served; served are {', '.join(names)}"
-        raise APIError(404, message, param="model", code="model_not_found")

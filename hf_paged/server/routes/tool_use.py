@@ -78,7 +78,7 @@ class ToolReader:
         last = piece.finish_reason is not None
         if self._forced is not None:
             piece.text, piece.calls, piece.deltas = self._forced.add(piece.text, last=last)
-        else:  # calls that are found among text are told once they are complete
+        else:  # calls among text are reported when complete
             piece.text, calls = self._parser.add(piece.text, last=last)
             piece.calls = calls if self._parallel else calls[: 1 - self._num_calls]
             piece.deltas = [CallDelta(self._num_calls + i, one.arguments, one) for i, one in enumerate(piece.calls)]
