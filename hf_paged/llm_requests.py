@@ -88,9 +88,11 @@ class Carried:
         )
 
     def _completion(self, index: int, request: Request) -> CompletionOutput:
+        output = self._outputs[index]  # with stop strings most of it is decoded already
+        output.add(request.output_token_ids[output.num_tokens :], request.finish_reason or "abort")
         return CompletionOutput(
             index=index,
-            text=self._text_of(request, self._outputs[index]),
+            text=output.text,
             token_ids=request.output_token_ids,
             cumulative_logprob=request.cumulative_logprob,
             logprobs=self._named(request.logprobs),
@@ -98,12 +100,6 @@ class Carried:
             stop_reason=request.stop_reason,
             error=request.error,
         )
-
-    @staticmethod
-    def _text_of(request: Request, output: OutputText) -> str:
-        """The output's text; with stop strings most of it is decoded already."""
-        output.add(request.output_token_ids[output.num_tokens :], request.finish_reason or "abort")
-        return output.text
 
     def _named(self, entries: Any) -> Any:
         """Log-probabilities with the text of each token."""

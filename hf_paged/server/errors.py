@@ -20,6 +20,7 @@ KINDS = {
 }
 
 
+CLIENT_GONE = 499  # nginx's status for it; only the logs see it
 LONGEST = 1000  # characters of a message
 LONGEST_PARAM = 256
 
@@ -62,6 +63,10 @@ class APIError(Exception):
     def headers(self) -> dict[str, str]:
         """Retry-After, where it is known."""
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:

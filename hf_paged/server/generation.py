@@ -160,11 +160,6 @@ class Call:
 
     # ---------------------------------------------------------------------------------------------------------- prompts
 
-    @property
-    def most(self) -> int:
-        """Tokens that a request may have, prompt and output."""
-        return self.ready.longest
-
     async def ids(self, text: str, *, special: bool, param: str) -> list[int]:
         """The ids of a text, cut as the call wants it.
 
@@ -172,7 +167,7 @@ class Call:
             APIError: 400, it is too long.
         """
         cut = self.body.truncate_prompt_tokens is not None
-        most = max(self.most, MOST_TOKENS) if cut else self.most
+        most = max(self.ready.longest, MOST_TOKENS) if cut else self.ready.longest
         ids = await self.model_text.encode(text, special=special, most=most, param=param, context=not cut)
         return self.cut(ids)
 
@@ -181,7 +176,7 @@ class Call:
         keep = self.body.truncate_prompt_tokens
         if keep is None:
             return ids
-        keep = self.most - 1 if keep == -1 else keep
+        keep = self.ready.longest - 1 if keep == -1 else keep
         if keep == 0:
             raise invalid("truncate_prompt_tokens=0 leaves nothing of the prompt", "truncate_prompt_tokens")
         return ids[-keep:]
@@ -199,10 +194,10 @@ class Call:
         if not prompt:
             raise invalid("the prompt is empty; give at least one token", param)
         name, most = next(((name, count) for name, count in wanted.items() if count), ("", None))
-        if len(prompt) + (most or 1) > self.most:
-            alone = most is not None and most >= self.most  # no prompt would fit with it
-            raise too_long(len(prompt), self.most, param, most or 1, fault=name if alone else param)
-        return most or self.most - len(prompt)
+        if len(prompt) + (most or 1) > self.ready.longest:
+            alone = most is not None and most >= self.ready.longest  # no prompt would fit with it
+            raise too_long(len(prompt), self.ready.longest, param, most or 1, fault=name if alone else param)
+        return most or self.ready.longest - len(prompt)
 
     # ------------------------------------------------------------------------------------------------------- generation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,21 +14,16 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hf_paged.server import heavy
-from hf_paged.server.errors import APIError
+from hf_paged.server.errors import APIError, ClientGone
 from hf_paged.server.generation import FEW, Call
 from hf_paged.server.messages import TokenLogprobs
-from hf_paged.server.text.logprobs import prompt_logprobs
+from hf_paged.server.text.logprobs import prompt_logprob
 from hf_paged.server.text.model_text import ModelText
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CLIENT_GONE = 499  # nginx's status for it; only the logs see it
 to_json = msgspec.json.Encoder().encode
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its answer."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -51,7 +46,7 @@ async def prompt_logprobs_json(text: ModelText, entries: Sequence[TokenLogprobs 
 
 
 def _prompt_logprobs(text: ModelText, entries: Sequence[TokenLogprobs | None]) -> msgspec.Raw:
-    return _joined([(prompt_logprobs(text.tokens, [entry]) or [None])[0] for entry in entries])
+    return _joined([prompt_logprob(text.tokens, entry) for entry in entries])
 
 
 def _joined(values: Sequence[Any]) -> msgspec.Raw:
@@ -74,24 +69,18 @@ async def respond(request: Request, call: Call) -> Response:
             return Response(await heavy.run_if(many, whole_json, found), media_type="application/json")
         source = call.events()
         try:
-            first = await unless_gone(request.receive, _first(source))
+            first = await unless_gone(request.receive, anext(source))
         except BaseException:
             await source.aclose()
             raise
         handed_on = True
         return _EventStream(call, first, source)
-    except ClientGone:
-        return Response(status_code=CLIENT_GONE)
     finally:
         if not handed_on:
             await call.close()
 
 
-async def _first(source: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(source)
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client leaves.
 
     Raises:

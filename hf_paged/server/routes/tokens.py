@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +13,7 @@ from hf_paged.server.errors import check_model, check_vocabulary, invalid
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from hf_paged.server.routes.prompts import plain
-from hf_paged.server.routes.respond import CLIENT_GONE, ClientGone, to_json, unless_gone
+from hf_paged.server.routes.respond import to_json, unless_gone
 from hf_paged.server.text.model_text import MOST_TOKENS, ModelText
 
 router = APIRouter(route_class=BodyRoute, tags=["tokens"])
@@ -25,7 +24,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids that a prompt, or a conversation under the chat template, becomes."""
     check_model(body.model, request.app.state.config.names)
-    return await _answered(request, _ids_of(body, request))
+    return Response(await unless_gone(request.receive, _ids_of(body, request)), media_type="application/json")
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse, responses=_ERRORS, summary="Ids to text")
@@ -37,7 +36,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     if len(body.tokens) > most:
         raise invalid(f"{len(body.tokens)} tokens are more than the {most} that a call may have", "tokens")
     check_vocabulary(body.tokens, len(text.tokenizer), "tokens")
-    return await _answered(request, _text_of(body, text))
+    return Response(await unless_gone(request.receive, _text_of(body, text)), media_type="application/json")
 
 
 async def _ids_of(body: TokenizeRequest, request: Request) -> bytes:
@@ -67,14 +66,6 @@ async def _ids_of(body: TokenizeRequest, request: Request) -> bytes:
 
 async def _text_of(body: DetokenizeRequest, text: ModelText) -> bytes:
     return to_json({"prompt": await text.decode(body.tokens)})
-
-
-async def _answered(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
-    """The answer that `work` makes, unless the client leaves; then the work ends."""
-    try:
-        return Response(await unless_gone(request.receive, work), media_type="application/json")
-    except ClientGone:
-        return Response(status_code=CLIENT_GONE)
 
 
 def _most(request: Request) -> int:
