@@ -14,14 +14,9 @@ from hf_paged.params import StructuredOutputs as Constraint
 from hf_paged.server.errors import LONGEST, APIError, invalid
 from hf_paged.server.messages import Ready
 from hf_paged.server.protocol.common import Sampled, Shared
-from hf_paged.text.defaults import DEFAULTED
 
-# Fields that mean the same in a call and in SamplingParams.
-_SAME = (
-    *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
-    *("spaces_between_special_tokens", "allowed_token_ids", "bad_words", "seed"),
-)
-_OPTIONAL = ("presence_penalty", "frequency_penalty", "stop", "prompt_logprobs")
+# Fields that mean the same in a call and in SamplingParams: those of the same name, but for these.
+_FIELDS = {*SamplingParams.__dataclass_fields__} - {"logit_bias", "logprobs", "max_tokens", "structured_outputs"}
 _SHAPES = {"structured_outputs", *Constraint.__dataclass_fields__}
 
 
@@ -55,13 +50,10 @@ def sampling_params(
         APIError: 400, a value is out of range, or contradicts another.
     """
     given: dict[str, Any] = dict(ready.defaults)
-    given |= {name: getattr(body, name) for name in DEFAULTED if getattr(body, name) is not None}
-    given |= {name: getattr(body, name) for name in _SAME}
+    given |= {name: value for name in _FIELDS if (value := getattr(body, name, None)) is not None}
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": shape and shape.constraint}
     if isinstance(body, Sampled):
-        given |= {name: getattr(body, name) for name in _OPTIONAL if getattr(body, name) is not None}
-        given |= {"n": body.n or 1, "logit_bias": _bias(body)}
-    given |= {"max_tokens": max_tokens, "logprobs": logprobs}
-    given |= {"structured_outputs": shape and shape.constraint}
+        given["logit_bias"] = _bias(body)
     try:
         params = SamplingParams(**given)
     except ConfigError as error:
