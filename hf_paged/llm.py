@@ -22,11 +22,11 @@ from hf_paged.hf.handle import PatchedModel
 from hf_paged.hf.llm_engine import LLMEngine, engine_view
 from hf_paged.hf.load import load_model, load_tokenizer
 from hf_paged.hf.memory import step_bytes
-from hf_paged.hf.params import default_params, end_ids
 from hf_paged.hf.spec import unwrap
 from hf_paged.llm_requests import Carried, Progress, carry, params_for_each, priority_for_each
 from hf_paged.params import SamplingParams, is_integer
 from hf_paged.text.bad_words import banned_ids
+from hf_paged.text.defaults import default_params, end_ids
 from hf_paged.text.messages import conversations_in
 from hf_paged.text.prompts import as_list, check_text, read_prompt
 from hf_paged.text.templates import render
@@ -113,7 +113,7 @@ class LLM:
             config = config.replace(kv_memory=_kv_bytes(self.model, config, gpu_memory_utilization))
         self._patched: PatchedModel | None = PatchedModel(self.model, config, seed=seed)
         try:
-            self._patched.thread()  # what is wrong is said now; each call asks again, for the model may change
+            self._patched.thread()  # report errors now; each call checks again, since the model may change
         except BaseException:
             self.close()
             raise
@@ -172,7 +172,7 @@ class LLM:
 
         def run(*, again: bool = False) -> list[Carried]:
             carried = self._carried(items, params, priorities)
-            _, thread = self.engine()  # of the model as it is now: to tokenise many prompts takes seconds
+            _, thread = self.engine()  # again: the model may have changed during the seconds that tokenising takes
             try:
                 with Progress(carried, use_tqdm):
                     carry(thread, carried, raise_on_error=raise_on_error)
@@ -262,7 +262,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation config says."""
-        return default_params(self.model)
+        return default_params(self.model.generation_config)
 
     def engine(self) -> tuple[Built, EngineThread]:
         """The engine underneath and its thread, for callers that step it themselves, as the server does."""
@@ -321,7 +321,8 @@ class LLM:
             InvalidRequestError, ConfigError: as `generate` does.
         """
         built, thread = self.engine()
-        eos, texts = end_ids(self.model, self.tokenizer), self._token_texts()
+        eos = end_ids(self.model.generation_config.eos_token_id, self.tokenizer)
+        texts = self._token_texts()
         banned = functools.cache(lambda words: banned_ids(self.tokenizer, words))
         carried = []
         for index, (item, p, priority) in enumerate(zip(items, params, priorities, strict=True)):

@@ -16,9 +16,8 @@ from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import ConfigError, EngineClosedError, RequestAbortedError, RequestFailedError, first_line
 from hf_paged.hf import notices
 from hf_paged.params import SamplingParams, is_integer
-from hf_paged.text.detokenizer import Detokenizer
+from hf_paged.text.output import OutputText
 from hf_paged.text.prompts import ReadPrompt
-from hf_paged.text.stops import StopStrings, silent_ends
 from hf_paged.text.tokens import TokenTexts
 from hf_paged.types import CompletionOutput, Logprob, Request, RequestOutput
 
@@ -49,10 +48,9 @@ class Carried:
     ) -> None:
         self.text = prompt.text
         self._texts = texts
-        self._ends = silent_ends(params, eos)
-        self._detokenizers: list[Detokenizer | None] = []
+        self._outputs: list[OutputText] = []
         self.requests: list[Request] = []
-        number = next(_numbers)
+        number, tokenizer = next(_numbers), texts.tokenizer if texts else None
         for i in range(params.n):
             request = Request(
                 request_id=f"llm-{number}-{i}",
@@ -64,10 +62,10 @@ class Carried:
                 cache_key=prompt.cache_salt,
                 parent=self.requests[0] if self.requests else None,
             )
-            detokenizer = Detokenizer(texts.tokenizer, prompt.ids, params) if texts and params.detokenize else None
-            if detokenizer is not None and params.stop:
-                request.stop_check = StopStrings(detokenizer, params)
-            self._detokenizers.append(detokenizer)
+            output = OutputText(tokenizer, prompt.ids, params, eos)
+            if params.stop:
+                request.stop_check = output.stop_check
+            self._outputs.append(output)
             self.requests.append(request)
 
     @property
@@ -90,9 +88,11 @@ class Carried:
         )
 
     def _completion(self, index: int, request: Request) -> CompletionOutput:
+        output = self._outputs[index]  # with stop strings most of it is decoded already
+        output.add(request.output_token_ids[output.num_tokens :], request.finish_reason or "abort")
         return CompletionOutput(
             index=index,
-            text=self._text_of(request, self._detokenizers[index]),
+            text=output.text,
             token_ids=request.output_token_ids,
             cumulative_logprob=request.cumulative_logprob,
             logprobs=self._named(request.logprobs),
@@ -100,18 +100,6 @@ class Carried:
             stop_reason=request.stop_reason,
             error=request.error,
         )
-
-    def _text_of(self, request: Request, detokenizer: Detokenizer | None) -> str:
-        """The output's text; one whose stop check decoded along has it already."""
-        if detokenizer is None:
-            return ""
-        if isinstance(request.stop_reason, str):
-            return detokenizer.text
-        ids = request.output_token_ids
-        if request.finish_reason == "stop" and ids and ids[-1] in self._ends:
-            ids = ids[:-1]
-        detokenizer.add(ids[detokenizer.num_added :], last=True)
-        return detokenizer.text
 
     def _named(self, entries: Any) -> Any:
         """Log-probabilities with the text of each token."""
@@ -179,7 +167,7 @@ def carry(thread: EngineThread, carried: Sequence[Carried], *, raise_on_error: b
     """
     requests = sorted((request for one in carried for request in one.requests), key=_longest_first)
     now = time.monotonic()
-    for request in requests:  # of one arrival: prompts that took long to tokenise are ordered by priority all the same
+    for request in requests:  # one arrival time for all, so that only priority orders them
         request.metrics.arrival_time = now
     with thread.call(requests) as call:
         call.wait(lambda: all(r.finished for r in requests) or (raise_on_error and any(r.error for r in requests)))
@@ -192,7 +180,7 @@ def carry(thread: EngineThread, carried: Sequence[Carried], *, raise_on_error: b
     index, error = failed[0]
     if raise_on_error:
         raise RequestFailedError(index, error) from error
-    # Programs that look at no finish reason must not take an empty text for an answer.
+    # Warn: programs that don't check finish reasons would take the empty text for an answer.
     notices.warn(
         f"{len(failed)} of {len(carried)} prompts failed; their finish_reason is 'error'. The first is prompt {index}: "
         f"{first_line(error)}. With raise_on_error=True this is an exception"

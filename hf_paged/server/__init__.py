@@ -6,19 +6,22 @@ One page to hold the whole in your head; who writes a plugin for the server read
     routes -> text.* (templates, ids) -> front.fleet.Fleet  ==zmq, msgspec==>  worker.EngineLoop -> engine.Engine
            <- text.stream (text, stops)  <- Delta           <==============    one message a step
 
-**The front holds everything, the engine process nothing.** A `front.engine.Submission` is a request as the front knows
-it: prompt ids, `SamplingParams`, seed, deadline. The `Fleet` keeps with it the tokens so far, places it on a replica,
-and when that replica dies places it again, to go on from its next token. Tokenising, detokenising, stop strings, tool
-calls and HTTP are the front's; the engine process sees ids alone.
+**The front holds everything, the engine process nothing.** A `front.sequence.Sequence` is one output that a call waits
+for: prompt ids, `SamplingParams`, seed, deadline, the tokens so far, their text, and the deltas that are not read
+yet. The `Fleet` places it on a replica, and when that replica dies places it again, to go on from its next token.
+Tokenising, detokenising, stop strings, tool calls and HTTP are the front's; the engine process sees ids alone.
 
-**An engine, as the front sees it,** is the protocol `front.engine.EngineClient`: `check_room`, `submit` -> async
-streams of `messages.Delta`, `abort`, `abort_all`, `snapshot`, `close`. `Fleet` is the one there is; engines on other
-machines fit behind the same methods.
+**A call** is a `generation.Call`; each generating route has its own kind, which makes prompts of the body and an answer
+of the pieces of text.
+
+**The engines, as the routes see them,** are the methods of `front.fleet.Fleet`: `check_room`, `submit`, which puts each
+`messages.Delta` into its sequence as it comes, `abort`, `abort_all`, `snapshot`, `close`. Engines on other machines fit
+behind the same methods.
 
 **The application.** `app.create_app(config, engine, text, stats)` makes the application. On `app.state` there are:
 
     app.state.config    config.ServerConfig, frozen
-    app.state.engine    front.engine.EngineClient
+    app.state.engine    front.fleet.Fleet
     app.state.stats     stats.ServerStats: what happens, for metrics and the dashboard (below)
     app.state.text      text.model_text.ModelText: the tokenizer, chat templates, in threads and processes
     app.state.lifecycle lifecycle.Lifecycle: starting, ready, draining, stopped
@@ -48,7 +51,7 @@ are middlewares around all routes, so a plugin's routes have them too: nothing m
     stats.recent                    the last 1,000 finished RequestRecords, oldest first
     stats.watch_blocks(seconds)     ask the engines to send the `blocks` of each `messages.BlockGroup` in
                                     `EngineStats.groups` (request id -> block ids, shared blocks appear under several)
-                                    for so long; they are not sent unless someone watches
+                                    for so many seconds; without a watcher they are not sent
 
 A `RequestRecord` has the incoming W3C `traceparent` header and start and end times in `time.time_ns()`, which is what
 spans need; `stats.RequestRecord`'s docstring lists all. Ids are the engine's own (`record.request_id`); the id that the

@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -17,8 +17,8 @@ from hf_paged import plugins
 from hf_paged._version import __version__
 from hf_paged.server.bodies import JSONBodies
 from hf_paged.server.config import ServerConfig
-from hf_paged.server.errors import APIError
-from hf_paged.server.front.engine import EngineClient
+from hf_paged.server.errors import CLIENT_GONE, APIError, ClientGone
+from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.lifecycle import Lifecycle
 from hf_paged.server.logs import RequestLog
 from hf_paged.server.middleware import LOCAL_NAMES, PROBES, APIKeys, BodyLimit, Hosts, RequestIds
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 def create_app(
     config: ServerConfig,
-    engine: EngineClient,
+    engine: Fleet,
     text: ModelText,
     stats: ServerStats,
     manager: pluggy.PluginManager | None = None,
@@ -89,6 +89,10 @@ def _add_error_bodies(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def refused(request: Request, error: APIError) -> JSONResponse:
         return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -24,7 +24,7 @@ from hf_paged.server.stats import ServerStats
 from hf_paged.server.validation import from_validation
 
 _READ = "hf_paged.body"  # of an ASGI scope: the body as it was read
-NAMED = 8  # keys of a path that an error names; the rest of a deep one says nothing
+NAMED = 8  # keys of a path that an error message shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class BodyRoute(APIRoute):
                     except APIError:
                         request.app.state.stats.refused("invalid")
                         raise
-                # What `Request.json` hands out. FastAPI takes an instance of the model for validated.
+                # `Request.json` returns it. FastAPI doesn't validate an instance of the model again.
                 request._json = value
             return await handler(request)
 
@@ -100,7 +100,7 @@ def read(body: bytes) -> Read | None:
     if not body.strip():
         return None
     try:
-        # Bytes that aren't UTF-8 become halves of surrogate pairs, which are found again in the field they are in.
+        # Invalid UTF-8 is decoded to surrogates, so that strict_json can name the field that holds it.
         return Read(strict_json.loads(body.decode("utf-8-sig", "surrogateescape")), len(body))
     except json.JSONDecodeError as error:
         raise invalid(f"the body is not JSON: {error}") from error

@@ -128,7 +128,7 @@ class ServerConfig:
     def _check_keys(self) -> None:
         if any(not key for key in self.api_keys):
             raise ConfigError("an API key is empty; leave it out")
-        if not all(_KEY.fullmatch(key) for key in self.api_keys):  # a client could send others in several encodings
+        if not all(_KEY.fullmatch(key) for key in self.api_keys):  # clients encode other characters differently
             raise ConfigError("an API key holds other characters than printable ASCII without spaces")
         if not (self.api_keys or self.allow_no_key or self.is_loopback):
             raise ConfigError(
@@ -142,7 +142,7 @@ class ServerConfig:
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
-            return False  # a name: of an interface, perhaps
+            return False  # a host name, not an address
 
     @property
     def names(self) -> tuple[str, ...]:

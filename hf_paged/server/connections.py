@@ -17,13 +17,14 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from hf_paged.server.errors import APIError
+from hf_paged.server.middleware import REFUSED
 
-HEADER_BYTES = 2**16  # of a call's headers; and of whatever comes in a row and is no part of a body
-SLOWEST = 2**14  # bytes a second; a client that sends a body, or takes an answer, at this pace is left its time
+HEADER_BYTES = 2**16  # of a call's headers; also of bytes in a row that are not part of a body
+SLOWEST = 2**14  # bytes a second; a slower client is closed when its time is over
 AHEAD = 16  # calls that a client may send before the one before them is answered
 HURRY = 5.0  # seconds without progress that a drain allows
 LINGER = 2.0  # seconds in which a refused client may take its answer
-IGNORED_BYTES = 2**26  # that a client may send after its answer, before the connection is closed
+IGNORED_BYTES = 2**26  # limit on what a client sends after its answer
 
 logger = logging.getLogger("hf_paged.server.connections")
 
@@ -45,14 +46,14 @@ class Connections:
         self._most = most
         self._most_of_address = most_of_address
         self.patience = patience
-        self._open: dict[Connection, str] = {}
-        self._waiting: dict[Connection, None] = {}  # for their clients, the longest first
+        self._open: dict[_Connection, str] = {}
+        self._waiting: dict[_Connection, None] = {}  # for their clients, the longest first
         self._of_address: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, connection: Connection, address: str) -> None:
+    def enter(self, connection: _Connection, address: str) -> None:
         """Count a connection.
 
         Raises:
@@ -69,7 +70,7 @@ class Connections:
         self._of_address[address] += 1
         self._waiting[connection] = None
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: _Connection) -> None:
         """Count it no more."""
         self._waiting.pop(connection, None)
         address = self._open.pop(connection, None)
@@ -78,12 +79,12 @@ class Connections:
             if not self._of_address[address]:
                 del self._of_address[address]
 
-    def waits(self, connection: Connection) -> None:
+    def waits(self, connection: _Connection) -> None:
         """It waits for its client."""
         if connection in self._open:
             self._waiting[connection] = None
 
-    def works(self, connection: Connection) -> None:
+    def works(self, connection: _Connection) -> None:
         """It doesn't wait for its client."""
         self._waiting.pop(connection, None)
 
@@ -94,7 +95,7 @@ class Connections:
             connection.hurry()
 
 
-class Connection(HttpToolsProtocol):
+class _Connection(HttpToolsProtocol):
     """A connection within limits.
 
     What a client owes is timed by one timer, from the connection's or a call's first byte to the call's last. A call
@@ -122,27 +123,24 @@ class Connection(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------------------- coming and going
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio.Protocol."""
         super().connection_made(transport)
         try:
             self._register.enter(self, _address(self.client))
-        except APIError as error:  # not counted, so it doesn't stay
+        except APIError as error:  # not counted, so close it
             transport.write(_answer(error, self.server_state.default_headers))
             transport.close()
         else:
             self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
         self._leave()
         self.pipeline.clear()
-        for cycle in self._calls:  # uvicorn tells the last one alone
+        for cycle in self._calls:  # uvicorn only tells the last one
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
 
     def handle_websocket_upgrade(self) -> None:
-        """See uvicorn."""
         self._upgraded = True
         self._leave()
         super().handle_websocket_upgrade()
@@ -171,7 +169,8 @@ class Connection(HttpToolsProtocol):
         logger.info("connection refused", extra={"client": self.client and self.client[0], "why": error.message})
         self._expect_nothing()
         self._watch_taking(False)
-        if self.cycle is not None:  # whatever the application makes of half a call
+        if self.cycle is not None:  # the application gets no more of this call, and its answer is not sent
+            self.cycle.scope["state"][REFUSED] = error.status
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.write(_answer(error, self.server_state.default_headers))
@@ -200,7 +199,6 @@ class Connection(HttpToolsProtocol):
     # ---------------------------------------------------------------------------------------------- what a client sends
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
         if self.transport.is_closing():
             return
         if self._closing is not None:
@@ -219,7 +217,6 @@ class Connection(HttpToolsProtocol):
         self._refuse(self._refusal or APIError(400, "this is no HTTP request", code="invalid_http"))
 
     def on_message_begin(self) -> None:
-        """See httptools."""
         if len(self.pipeline) >= AHEAD:
             self._stop(APIError(400, f"more than {AHEAD} calls were sent ahead of their answers", code="pipeline"))
         self._receiving, self._has_headers = True, False
@@ -228,7 +225,6 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """See httptools."""
         self._count_header(len(url))
         super().on_url(url)
 
@@ -238,16 +234,14 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """See httptools."""
         self._has_headers = True
-        if not self.flow.write_paused:  # a client that goes on is taken to have had its answers
+        if not self.flow.write_paused:  # the client sends its next call, so it has read its answers
             self._watch_taking(False)
         super().on_headers_complete()
         if self.cycle is not None:
             self._calls.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
-        """See httptools."""
         self._barren = 0
         if self.cycle.response_complete:
             self._ignore(len(body))
@@ -256,7 +250,6 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """See httptools."""
         self._barren = 0
         self._receiving = False
         super().on_message_complete()
@@ -302,24 +295,21 @@ class Connection(HttpToolsProtocol):
     # ---------------------------------------------------------------------------------------------- what a client takes
 
     def on_response_complete(self) -> None:
-        """See uvicorn."""
         self._calls.popleft()
         super().on_response_complete()
         self._watch_taking(self.transport.get_write_buffer_size() > 0)
         if self.transport.is_closing():
             return
-        if self._receiving:  # the answer came before the end of the call: the rest has its time, and no more
+        if self._receiving:  # answered before the call's end: its rest gets a time limit of its own
             self._owes_since, self._body_bytes = time.monotonic(), 0
-        self._register.works(self)  # so that it waits since now, if it does
+        self._register.works(self)  # restart its waiting time
         self._settle(owing=self._receiving)
 
     def pause_writing(self) -> None:
-        """See asyncio.Protocol."""
         super().pause_writing()
         self._watch_taking(True)
 
     def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
         super().resume_writing()
         ended = self.cycle is not None and self.cycle.response_complete
         self._watch_taking(ended and self.transport.get_write_buffer_size() > 0)
@@ -351,7 +341,7 @@ class Connection(HttpToolsProtocol):
 
 def protocol(register: Connections) -> Any:
     """What uvicorn makes its connections with."""
-    return functools.partial(Connection, register)
+    return functools.partial(_Connection, register)
 
 
 def _address(client: tuple[str, int] | None) -> str:

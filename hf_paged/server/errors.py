@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 KINDS = {
@@ -19,6 +20,7 @@ KINDS = {
 }
 
 
+CLIENT_GONE = 499  # nginx's status for it; only the logs see it
 LONGEST = 1000  # characters of a message
 LONGEST_PARAM = 256
 
@@ -63,9 +65,35 @@ class APIError(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
 
+class ClientGone(Exception):
+    """The client closed the connection before its answer."""
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
     """A 400 for what a client got wrong."""
     return APIError(400, message, param=param, code=code)
+
+
+def check_model(name: str | None, names: Sequence[str]) -> None:
+    """Refuse a model that isn't among the `names` served; None is any.
+
+    Raises:
+        APIError: 404.
+    """
+    if name is not None and name not in names:
+        message = f"the model {name!r} is not served; served are {', '.join(names)}"
+        raise APIError(404, message, param="model", code="model_not_found")
+
+
+def check_vocabulary(ids: Sequence[int], size: int, param: str) -> None:
+    """Refuse token ids that the model doesn't have; they are not negative.
+
+    Raises:
+        APIError: 400; it names the first one.
+    """
+    if ids and max(ids) >= size:
+        wrong = next(token for token in ids if token >= size)
+        raise invalid(f"token id {wrong} in the {param} is outside the vocabulary (0 to {size - 1})", param)
 
 
 def ended(finish: str | None, timeout: str | None, retry_after: float | None = None) -> APIError | None:

@@ -6,7 +6,7 @@ import enum
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from hf_paged.server.errors import APIError
@@ -59,12 +59,8 @@ class Lifecycle:
             try:
                 result = callback()
                 if inspect.isawaitable(result):
-                    await _await(result)
+                    await result
             except Exception:
                 if callbacks is self.on_start:
                     raise
                 logger.exception("clean-up work %r failed", callback)
-
-
-async def _await(result: Awaitable[Any]) -> None:
-    await result

@@ -47,7 +47,7 @@ class Abort(msgspec.Struct, array_like=True, tag="abort"):
 
 
 class WatchBlocks(msgspec.Struct, array_like=True, tag="watch"):
-    """Send the block map with the statistics for so many seconds."""
+    """Send the block map with the statistics for this many seconds."""
 
     seconds: float
 
@@ -76,7 +76,7 @@ class Ready(msgspec.Struct, array_like=True, tag="ready"):
         max_num_seqs: most requests of a step.
         block_size, num_blocks: of the KV pool; blocks may grow on a CPU.
         backend, scheduler, plugins: what it is made of.
-        structured: whether a plugin sees to structured outputs.
+        structured: whether a plugin handles structured outputs.
         defaults: fields of SamplingParams that the model's generation config sets.
     """
 

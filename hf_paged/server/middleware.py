@@ -21,6 +21,7 @@ logger = logging.getLogger("hf_paged.server.access")
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 PROBES = frozenset({"/health", "/ready"})  # what an orchestrator asks, without a key
+REFUSED = "refused"  # in the state of a call that its connection answered: the status that the client got
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -68,6 +69,7 @@ class RequestIds:
             await send_error(APIError(500, f"internal error; the logs have it under request id {request_id}"), tell)
         finally:
             if self._log and not is_probe(scope):
+                status = scope["state"].get(REFUSED, status)
                 fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
                 who = {"client": (scope.get("client") or [None])[0], "api_key": scope["state"].get("api_key")}
                 logger.info("request", extra=fields | {"seconds": round(time.monotonic() - began, 4)} | who)
@@ -140,7 +142,7 @@ class APIKeys:
     def _knows(self, scope: Scope) -> bool:
         headers = Headers(scope=scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # A browser sends Basic credentials by itself, for another site's page too; that one must not have them.
+        # Browsers also send stored Basic credentials with requests that another site's page makes: don't accept those.
         if scheme.lower() == "basic" and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             scheme, key = "bearer", _password(key)
         given = hashlib.sha256(key.strip().encode()).digest()

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-WINDOW = 60  # seconds of work that are looked back at
+WINDOW = 60  # seconds of work that the rate is measured over
 SHORTEST, LONGEST = 1.0, 60.0  # seconds that a client is asked to wait
 
 
@@ -23,7 +23,7 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since: float | None = None  # when the clock was last read, while it runs
-        self._seconds = 0.0  # that it has run
+        self._seconds = 0.0  # how long the clock has run
         self._kept: deque[tuple[int, float]] = deque()  # a second of it, and the work done then
 
     def watch(self, waiting: bool) -> None:

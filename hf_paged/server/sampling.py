@@ -6,22 +6,17 @@ import dataclasses
 import random
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from hf_paged.errors import ConfigError
 from hf_paged.params import SamplingParams
 from hf_paged.params import StructuredOutputs as Constraint
 from hf_paged.server.errors import LONGEST, APIError, invalid
 from hf_paged.server.messages import Ready
-from hf_paged.server.protocol.common import ResponseFormat, Sampled, Shared, StructuredOutputs
+from hf_paged.server.protocol.common import Sampled, Shared
 
-# Fields that mean the same in a call and in SamplingParams, and that the model's defaults may set.
-_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_SAME = (
-    *("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens"),
-    *("spaces_between_special_tokens", "allowed_token_ids", "bad_words", "seed"),
-)
-_OPTIONAL = ("presence_penalty", "frequency_penalty", "stop", "prompt_logprobs")
+# Fields that mean the same in a call and in SamplingParams: those of the same name, but for these.
+_FIELDS = {*SamplingParams.__dataclass_fields__} - {"logit_bias", "logprobs", "max_tokens", "structured_outputs"}
 _SHAPES = {"structured_outputs", *Constraint.__dataclass_fields__}
 
 
@@ -54,14 +49,11 @@ def sampling_params(
     Raises:
         APIError: 400, a value is out of range, or contradicts another.
     """
-    given: dict[str, Any] = {name: value for name, value in ready.defaults.items() if name in _DEFAULTED}
-    given |= {name: getattr(body, name) for name in _DEFAULTED if getattr(body, name) is not None}
-    given |= {name: getattr(body, name) for name in _SAME}
+    given: dict[str, Any] = dict(ready.defaults)
+    given |= {name: value for name in _FIELDS if (value := getattr(body, name, None)) is not None}
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": shape and shape.constraint}
     if isinstance(body, Sampled):
-        given |= {name: getattr(body, name) for name in _OPTIONAL if getattr(body, name) is not None}
-        given |= {"n": body.n or 1, "logit_bias": _bias(body)}
-    given |= {"max_tokens": max_tokens, "logprobs": logprobs}
-    given |= {"structured_outputs": shape and shape.constraint}
+        given["logit_bias"] = _bias(body)
     try:
         params = SamplingParams(**given)
     except ConfigError as error:
@@ -86,36 +78,32 @@ def refusal(message: str, body: Shared, shape: Shape | None) -> APIError:
     return invalid(message, shape.param if param in _SHAPES else param)
 
 
-def shape_of(form: ResponseFormat | None, given: StructuredOutputs | None, ready: Ready) -> Shape | None:
-    """What `response_format` or `structured_outputs` asks for, or None.
+class Asks(Protocol):
+    """A field of a call that may ask for a constraint."""
+
+    def constraint(self) -> Mapping[str, Any] | None:
+        """The field of StructuredOutputs that asks for it, and its value; None: any text will do."""
+
+
+def shape_of(ready: Ready, asked: Mapping[str, Asks | None]) -> Shape | None:
+    """What the answer of a call has to be like, or None.
+
+    Args:
+        ready: of the engine.
+        asked: the fields by name. `tool_choice` asks for what `tools` say.
 
     Raises:
-        APIError: 400, both ask for something, or no plugin sees to it.
+        APIError: 400, two fields ask for something, or no plugin handles it.
     """
-    found: dict[str, Any] | None = None
-    if form is not None and form.type == "json_object":
-        found = {"json_object": True}
-    elif form is not None and form.type == "json_schema":
-        if form.json_schema is None:
-            raise invalid("response_format of the type 'json_schema' needs json_schema", "response_format.json_schema")
-        found = {"json": form.json_schema.schema_ if form.json_schema.schema_ is not None else {}}
-    if given is not None:
-        if found is not None:
-            raise invalid(
-                "response_format and structured_outputs both shape the answer; give one", "structured_outputs"
-            )
-        found = given.constraint()
-    if found is None:
+    given = [(param, found) for param, one in asked.items() if one and (found := one.constraint()) is not None]
+    if not given:
         return None
-    param = "response_format" if given is None else "structured_outputs"
+    param, constraint = given[0]
+    if len(given) > 1:
+        raise invalid(f"{param} and {given[1][0]} both shape the answer; give one", param)
     if not ready.structured:
-        raise needs_structured(param)
-    return Shape(param, found)
-
-
-def needs_structured(param: str) -> APIError:
-    """The 400 for what can't be had without a structured-output plugin."""
-    return invalid(f"{param} needs a structured-output plugin, and none is loaded", param)
+        raise invalid(f"{param} needs a structured-output plugin, and none is loaded", param)
+    return Shape("tools" if param == "tool_choice" else param, constraint)
 
 
 def _bias(body: Sampled) -> dict[int, float] | None:

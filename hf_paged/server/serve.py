@@ -30,8 +30,8 @@ logger = logging.getLogger("hf_paged.server")
 
 ABORTED = 130  # the exit status after a second signal
 POLL = 0.02
-SWITCH = 0.001  # seconds that a thread may keep the event loop waiting, a fifth of Python's own
-DESCRIPTORS = 512  # that a server needs beside its connections
+SWITCH = 0.001  # seconds until a thread must release the GIL; Python's default is 0.005
+DESCRIPTORS = 512  # reserved for everything but connections
 
 
 def serve(config: ServerConfig) -> int:
@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
             await fleet.close()
             await life.run(life.on_stop)
             self.text.close()
-            gc.unfreeze()  # else libraries take what is left at the end for leaks, and say so
+            gc.unfreeze()  # frozen objects would be reported as leaks at exit
         if self._failure is not None:
             raise self._failure
         logger.info("stopped")
@@ -136,7 +136,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
             return
         gc.collect()
-        gc.freeze()  # what is here now stays; the collector need not walk it while streams wait
+        gc.freeze()  # long-lived objects: exclude them from collection, for shorter pauses
         if life.phase is Phase.STARTING:
             life.phase = Phase.READY
             logger.info("ready after %.1f s", time.time() - life.started)

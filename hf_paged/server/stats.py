@@ -80,7 +80,7 @@ class RequestRecord:
 
 @dataclasses.dataclass
 class Totals:
-    """Counters since the server began. They never fall, whatever happens to an engine."""
+    """Counters since the server began. They never fall, also when an engine is replaced."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -117,7 +117,7 @@ class ServerStats:
         self._listeners.append(listener)
 
     def watch_blocks(self, seconds: float) -> None:
-        """Ask the engines for their block map, for so long."""
+        """Ask the engines for their block map, for this many seconds."""
         self.on_watch(seconds)
 
     # --------------------------------------------------------------------------------------------- told by the front

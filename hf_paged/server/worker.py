@@ -21,7 +21,6 @@ import zmq
 from hf_paged import plugins
 from hf_paged.errors import HFPagedError
 from hf_paged.hf.load import hide_progress, load_model, load_tokenizer, pick_device
-from hf_paged.hf.params import end_ids
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
 from hf_paged.params import SamplingParams
@@ -29,6 +28,7 @@ from hf_paged.server import logs
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.engine_loop import EngineLoop, StepLog
 from hf_paged.server.messages import Failed, Ready, encode
+from hf_paged.text.defaults import end_ids, sampling_defaults
 from hf_paged.types import Request
 
 logger = logging.getLogger("hf_paged.server.worker")
@@ -169,7 +169,7 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
         longest=min(engine.pool.longest, engine.max_model_len or engine.pool.longest),
         vocab_size=engine.model.vocab_size,
         num_logits=engine.model.num_logits,
-        eos=sorted(end_ids(model, None)),
+        eos=sorted(end_ids(model.generation_config.eos_token_id)),
         max_num_seqs=paged.max_num_seqs,
         block_size=paged.block_size,
         num_blocks=engine.stats.num_blocks,
@@ -177,7 +177,7 @@ def build(orders: Orders, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -
         scheduler=built.info.scheduler,
         plugins=dict(plugins.loaded(built.manager)),
         structured=bool(built.manager.hook.constrain_request.get_hookimpls()),
-        defaults=_defaults(model),
+        defaults=sampling_defaults(model.generation_config),
     )
     return loop, ready
 
@@ -210,12 +210,6 @@ def _constrainer(manager: Any, config: ServerConfig) -> Any:
         plugins.constrain(manager, request, tokenizer[0])
 
     return constrain
-
-
-def _defaults(model: Any) -> dict[str, Any]:
-    """What the model's generation config says about sampling, beyond Transformers' own defaults."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: value for name, value in model.generation_config.to_diff_dict().items() if name in names}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_paged.params import SamplingParams
 
-# Tokens of the prompt that the first pieces are decoded with: what a token reads as depends on the one before it.
+# Prompt tokens that the first pieces are decoded with: the text of a token depends on the token before it.
 _CONTEXT = 6
 
 
@@ -19,8 +19,6 @@ class Detokenizer:
     there yet decodes to U+FFFD.
 
     Attributes:
-        text: what was decoded so far.
-        num_added: tokens of the output that were added.
         opens: the tokens before the output are no text, so that a decoder may strip the output's leading space.
 
     Args:
@@ -30,8 +28,6 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams) -> None:
-        self.text = ""
-        self.num_added = 0
         self._ids = list(prompt[-_CONTEXT:])
         self._from, self._read = 0, len(self._ids)
         self._decoder = _decoder(tokenizer, params)
@@ -40,15 +36,12 @@ class Detokenizer:
     def add(self, ids: Sequence[int], *, last: bool = False) -> str:
         """The text of `ids`, and of what was held back; `last`: hold nothing back."""
         self._ids.extend(ids)
-        self.num_added += len(ids)
         before = self._decode(self._from, self._read)
         now = self._decode(self._from, len(self._ids))
         if now.endswith("�") and not last:
             return ""
         self._from, self._read = self._read, len(self._ids)
-        piece = now[len(before) :]
-        self.text += piece
-        return piece
+        return now[len(before) :]
 
     def _decode(self, begin: int, end: int) -> str:
         return self._decoder(self._ids[begin:end])

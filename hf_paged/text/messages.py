@@ -8,7 +8,7 @@ from typing import Any
 from hf_paged import strict_json
 from hf_paged.errors import InvalidRequestError
 
-ROLES = {"developer": "system", "function": "tool"}  # templates know the older name, or the newer one
+ROLES = {"developer": "system", "function": "tool"}  # names that templates know
 # Fields of answers that templates don't take; the code below reads what is needed of them.
 _NOT_FOR_TEMPLATES = frozenset({"annotations", "audio", "function_call", "parsed", "refusal", "tool_calls"})
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import httpx
@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from hf_paged.server.app import create_app
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
-from hf_paged.server.front.engine import Snapshot, Submission
-from hf_paged.server.front.tickets import Stream
+from hf_paged.server.front.fleet import Snapshot
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.lifecycle import Phase
 from hf_paged.server.messages import Delta, Ready
 from hf_paged.server.stats import ServerStats
@@ -44,8 +44,8 @@ class FakeEngine:
 
     def __init__(self, text: str = "hello", **ready: Any) -> None:
         self.info: Ready | None = Ready(**{**{n: getattr(READY, n) for n in READY.__struct_fields__}, **ready})
-        self.asked: list[Submission] = []
-        self.aborted: list[tuple[Submission, str]] = []
+        self.asked: list[Sequence] = []
+        self.aborted: list[tuple[Sequence, str]] = []
         self.refusal: APIError | None = None
         self.most = 2048  # sequences of a call
         self.finish = "stop"
@@ -57,23 +57,19 @@ class FakeEngine:
         if self.refusal:
             raise self.refusal
 
-    def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
-        streams = []
-        for submission in group:
-            self.asked.append(submission)
-            stream = Stream(lambda: None)
-            streams.append(stream)
-            self._task = asyncio.ensure_future(self._say(submission, stream))
-        return streams
+    def submit(self, group: abc.Sequence[Sequence]) -> None:
+        for sequence in group:
+            self.asked.append(sequence)
+            self._task = asyncio.ensure_future(self._say(sequence))
 
-    async def _say(self, submission: Submission, stream: Stream) -> None:
+    async def _say(self, sequence: Sequence) -> None:
         for token in self._ids:
-            stream.put(Delta("x", tokens=[token]))
+            sequence.put(Delta("x", tokens=[token]))
             await asyncio.sleep(0)
-        stream.put(Delta("x", tokens=[2] if self.finish == "stop" else [], finish=self.finish))
+        sequence.put(Delta("x", tokens=[2] if self.finish == "stop" else [], finish=self.finish))
 
-    def abort(self, submission: Submission, reason: str = "abort") -> None:
-        self.aborted.append((submission, reason))
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        self.aborted.append((sequence, reason))
 
     def abort_all(self) -> None: ...
 

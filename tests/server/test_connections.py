@@ -17,6 +17,7 @@ from hf_paged.errors import ConfigError
 from hf_paged.server import connections
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.connections import HEADER_BYTES, Connections, protocol
+from hf_paged.server.middleware import RequestIds
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n"
 LONG = 30.0  # seconds after which a test that waits for the server fails
@@ -59,10 +60,10 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def running(**limits: Any) -> AsyncIterator[tuple[Server, Connections, int]]:
+async def running(around: Any = lambda app: app, **limits: Any) -> AsyncIterator[tuple[Server, Connections, int]]:
     app = Server(**limits)
     register = Connections(**app.limits)
-    config = uvicorn.Config(app, http=protocol(register), log_config=None, lifespan="off")
+    config = uvicorn.Config(around(app), http=protocol(register), log_config=None, lifespan="off")
     config.load()
     state = ServerState()
     made = await asyncio.get_running_loop().create_server(
@@ -131,6 +132,20 @@ def test_a_call_that_is_not_sent_in_time_ends_with_408(sent: bytes) -> None:
             assert app.left == (["disconnected"] if b"half" in sent else [])
 
     run(test)
+
+
+def test_the_log_has_the_status_that_the_client_got(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with running(RequestIds, patience=0.2) as (_, register, port):
+            client = await opened(port)
+            client[1].write(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf")
+            assert (await answer(client))[0] == 408
+            client[1].close()
+            await until(lambda: not len(register))
+
+    with caplog.at_level("INFO", "hf_paged.server.access"):
+        run(test)
+    assert [record.status for record in caplog.records if record.name == "hf_paged.server.access"] == [408]
 
 
 def test_a_connection_that_is_kept_alive_is_not_kept_by_empty_lines() -> None:
@@ -294,7 +309,7 @@ def test_each_call_of_a_row_has_its_own_time() -> None:
     run(test)
 
 
-async def one_of(register: Connections) -> AsyncIterator[connections.Connection]:
+async def one_of(register: Connections) -> AsyncIterator[connections._Connection]:
     await until(lambda: len(register) == 1)
     yield next(iter(register._open))
 

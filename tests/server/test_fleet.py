@@ -23,11 +23,10 @@ from hf_paged import PagedConfig, SamplingParams
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError
 from hf_paged.server.front import process, replica
-from hf_paged.server.front.engine import Submission
 from hf_paged.server.front.fleet import Fleet
 from hf_paged.server.front.process import Spares
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.front.sockets import Sockets, sweep
-from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import (
     Abort,
     Add,
@@ -180,16 +179,21 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-def submission(*prompt: int, count: int = 24, name: str = "", **options: Any) -> Submission:
+def asked(*prompt: int, count: int = 24, name: str = "", **options: Any) -> Sequence:
     record = RequestRecord(name or f"r{prompt}", "client")
-    return Submission(record, list(prompt), SamplingParams(temperature=0, max_tokens=count), **options)
+    return Sequence(record, list(prompt), SamplingParams(temperature=0, max_tokens=count), **options)
 
 
-def answer(one: Submission) -> list[int]:
+def answer(one: Sequence) -> list[int]:
     tokens = list(one.prompt)
     for _ in range(one.params.max_tokens or 0):
         tokens.append(following(tokens))
     return tokens[len(one.prompt) :]
+
+
+def begun(fleet: Fleet, one: Sequence) -> Sequence:
+    fleet.submit([one])
+    return one
 
 
 async def read(stream: Any) -> tuple[list[int], Delta]:
@@ -199,13 +203,13 @@ async def read(stream: Any) -> tuple[list[int], Delta]:
     return tokens, delta
 
 
-async def carried(fleet: Fleet, ones: list[Submission]) -> list[tuple[list[int], Delta]]:
-    return list(await asyncio.gather(*(read(fleet.submit([one])[0]) for one in ones)))
+async def carried(fleet: Fleet, ones: list[Sequence]) -> list[tuple[list[int], Delta]]:
+    return list(await asyncio.gather(*(read(begun(fleet, one)) for one in ones)))
 
 
 def test_answers_survive_engines(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        ones = [submission(i, count=60) for i in range(6)]
+        ones = [asked(i, count=60) for i in range(6)]
         reading = asyncio.create_task(carried(made, ones))
         for number in range(4):
             while len(ScriptedEngine.started) <= number or len(ScriptedEngine.started[number].placed) < 12:
@@ -221,15 +225,15 @@ def test_answers_survive_engines(fleet: Any) -> None:
 
 def test_a_request_that_kills_twice_is_given_up_alone(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        ones = [submission(i, count=40) for i in range(5)]
-        poison = submission(KILLS, count=40)
+        ones = [asked(i, count=40) for i in range(5)]
+        poison = asked(KILLS, count=40)
         *others, (_, last) = await carried(made, [*ones, poison])
         assert (last.finish, last.error_kind) == ("error", "internal")
         assert "given up" in (last.error or "")
         for one, (tokens, delta) in zip(ones, others, strict=True):
             assert (tokens, delta.finish) == (answer(one), "length")
         assert len(ScriptedEngine.started) <= 4
-        after = submission(7)
+        after = asked(7)
         assert (await carried(made, [after]))[0][0] == answer(after)
 
     fleet(test)
@@ -237,7 +241,7 @@ def test_a_request_that_kills_twice_is_given_up_alone(fleet: Any) -> None:
 
 def test_a_request_that_is_alone_and_kills(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        ((_, last),) = await carried(made, [submission(KILLS)])
+        ((_, last),) = await carried(made, [asked(KILLS)])
         assert last.finish == "error"
         assert len(ScriptedEngine.started) in (3, 4)  # the next one is being started, or is
 
@@ -248,7 +252,7 @@ def test_replicas_take_each_others_requests(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         while made.snapshot().replicas != ("ready", "ready"):
             await asyncio.sleep(0.005)
-        ones = [submission(i, count=60) for i in range(8)]
+        ones = [asked(i, count=60) for i in range(8)]
         reading = asyncio.create_task(carried(made, ones))
         while made._stats.totals.output_tokens < 80:
             await asyncio.sleep(0.005)
@@ -267,7 +271,7 @@ def test_prefix_affinity(fleet: Any) -> None:
             await asyncio.sleep(0.005)
         common = [list(range(i, i + 128)) for i in (0, 100)]
         for number in range(8):
-            one = submission(*common[number % 2], number, count=4, name=str(number))
+            one = asked(*common[number % 2], number, count=4, name=str(number))
             await carried(made, [one])
         first, second = (engine.ever for engine in ScriptedEngine.started)
         assert {frozenset(first), frozenset(second)} == {frozenset("0246"), frozenset("1357")}
@@ -277,7 +281,7 @@ def test_prefix_affinity(fleet: Any) -> None:
 
 def test_a_hanging_engine_is_noticed_and_replaced(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        one, hanging = submission(1, count=400), submission(HANGS)
+        one, hanging = asked(1, count=400), asked(HANGS)
         reading = asyncio.create_task(carried(made, [one, hanging]))
         unhealthy = False
         while not reading.done():
@@ -296,7 +300,7 @@ def test_an_engine_that_can_not_be_started_at_first(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         ScriptedEngine.failing = 2
         ScriptedEngine.started[0].kill()
-        one = submission(1)
+        one = asked(1)
         assert (await carried(made, [one]))[0][0] == answer(one)  # it waited
         assert len(ScriptedEngine.started) == 4
 
@@ -308,16 +312,16 @@ def test_an_engine_that_can_not_be_started_at_first(fleet: Any) -> None:
 
 def test_a_restart_that_fails_is_unhealthy_until_one_succeeds(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        waiting = made.submit([submission(1)])[0]
+        waiting = begun(made, asked(1))
         ScriptedEngine.failing = 3
         ScriptedEngine.started[0].kill()
         while made.snapshot().alive:
             await asyncio.sleep(0.001)
         assert made.snapshot().why == "engine 0 can't be started: no memory"
         with pytest.raises(APIError, match="can't be started: no memory") as caught:
-            made.submit([submission(2)])
+            made.submit([asked(2)])
         assert caught.value.status == 503
-        assert (await read(waiting))[0] == answer(submission(1))
+        assert (await read(waiting))[0] == answer(asked(1))
         assert made.snapshot().alive
 
     fleet(test)
@@ -327,7 +331,7 @@ def test_an_engine_that_is_never_ready_is_replaced(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         ScriptedEngine.silent = 1
         ScriptedEngine.started[0].kill()
-        one = submission(1)
+        one = asked(1)
         assert (await carried(made, [one]))[0][0] == answer(one)
         assert len(ScriptedEngine.started) >= 3
 
@@ -342,10 +346,10 @@ def test_what_can_not_be_packed_leaves_nothing(fleet: Any) -> None:
         bad = SamplingParams(extra_args={"x": 2**70})
         for _ in range(5):
             with pytest.raises(APIError, match="can't be handed to an engine") as caught:
-                made.submit([submission(1), Submission(RequestRecord("bad", "client"), [2], bad)])
+                made.submit([asked(1), Sequence(RequestRecord("bad", "client"), [2], bad)])
             assert caught.value.status == 400
         assert (made.snapshot().waiting, made.snapshot().waiting_tokens, made.snapshot().running) == (0, 0, 0)
-        one = submission(1)
+        one = asked(1)
         assert (await carried(made, [one]))[0][0] == answer(one)
 
     fleet(test, max_num_seqs=1)
@@ -354,9 +358,9 @@ def test_what_can_not_be_packed_leaves_nothing(fleet: Any) -> None:
 def test_numbers_of_a_schema_have_any_size() -> None:
     schema = {"type": "integer", "maximum": 2**64, "minimum": -(2**200)}
     params = SamplingParams(structured_outputs={"json": schema})
-    ticket = Ticket(Submission(RequestRecord("a", "client"), [1], params), 0, 0, lambda _: None)
-    ticket.check()
-    sent = decode_to_engine(encode(ticket.message(None)))
+    one = Sequence(RequestRecord("a", "client"), [1], params)
+    one.check()
+    sent = decode_to_engine(encode(one.message()))
     assert isinstance(sent, Add)
     assert json.loads(SamplingParams(**sent.params).structured_outputs.json) == schema
 
@@ -365,12 +369,12 @@ def test_a_registration_that_fails_is_undone(fleet: Any, monkeypatch: pytest.Mon
     async def test(made: Fleet) -> None:
         with monkeypatch.context() as patch:
             timers = made._set_timers
-            patch.setattr(made, "_set_timers", lambda ticket: timers(ticket) if ticket.name == "good" else 1 / 0)
+            patch.setattr(made, "_set_timers", lambda one: timers(one) if one.name == "good" else 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                made.submit([submission(1, name="good"), submission(2)])
+                made.submit([asked(1, name="good"), asked(2)])
         assert (made.snapshot().waiting, made.snapshot().waiting_tokens, made.snapshot().running) == (0, 0, 0)
-        assert not made._tickets
-        one = submission(3)
+        assert not made._held
+        one = asked(3)
         assert (await carried(made, [one]))[0][0] == answer(one)
 
     fleet(test, max_num_seqs=1)
@@ -385,7 +389,7 @@ def test_supervision_outlives_what_fails_in_it(fleet: Any, monkeypatch: pytest.M
             while made.snapshot().alive:
                 await asyncio.sleep(0.001)
             assert "Too many open files" in made.snapshot().why
-        one = submission(1)
+        one = asked(1)
         while not made.snapshot().ready:
             await asyncio.sleep(0.001)
         assert (await carried(made, [one]))[0][0] == answer(one)
@@ -407,7 +411,7 @@ def test_an_engine_that_can_not_be_told_something_is_replaced(fleet: Any, monkey
             raise zmq.ZMQError(errno.ENOMEM)
 
         monkeypatch.setattr(made._replicas[0]._process._to, "send", fails, raising=False)
-        ones = [submission(i) for i in range(3)]
+        ones = [asked(i) for i in range(3)]
         assert [tokens for tokens, _ in await carried(made, ones)] == [answer(one) for one in ones]
         assert len(ScriptedEngine.started) == 2
 
@@ -443,10 +447,10 @@ def test_a_process_that_can_not_be_started_leaves_no_descriptors(left: int) -> N
 def test_a_removed_folder_of_sockets_is_made_again(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         shutil.rmtree(made._sockets._folder)
-        one = submission(1)
+        one = asked(1)
         assert (await carried(made, [one]))[0][0] == answer(one)  # what is connected stays so
         ScriptedEngine.started[0].kill()
-        assert (await carried(made, [one]))[0][0] == answer(one)
+        assert (await carried(made, [asked(1)]))[0][0] == answer(one)
 
     fleet(test)
 
@@ -486,29 +490,29 @@ def test_folders_of_dead_servers_are_swept(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_queue_is_bounded(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        streams = [made.submit([submission(i, count=50)])[0] for i in range(3)]  # two seats and one more to come
-        streams += [made.submit([submission(10 + i)])[0] for i in range(2)]
+        streams = [begun(made, asked(i, count=50)) for i in range(3)]  # two seats and one more to come
+        streams += [begun(made, asked(10 + i)) for i in range(2)]
         with pytest.raises(APIError) as caught:
-            made.submit([submission(99)])
+            made.submit([asked(99)])
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert int(caught.value.headers["Retry-After"]) >= 1
         assert made.snapshot().waiting == 2
         with pytest.raises(APIError, match="6 sequences in one call are more than the 5") as never:
-            made.submit([submission(i) for i in range(6)])
+            made.submit([asked(i) for i in range(6)])
         assert never.value.status == 400
         for stream in streams:
             assert (await read(stream))[1].finish == "length"
-        await carried(made, [submission(99)])
+        await carried(made, [asked(99)])
 
     fleet(test, max_num_seqs=2, max_queue_requests=2)
 
 
 def test_the_queue_is_bounded_by_tokens(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        streams = [made.submit([submission(i, count=50)])[0] for i in range(3)]
-        streams.append(made.submit([submission(*range(90))])[0])
+        streams = [begun(made, asked(i, count=50)) for i in range(3)]
+        streams.append(begun(made, asked(*range(90))))
         with pytest.raises(APIError, match="prompt tokens are waiting"):
-            made.submit([submission(*range(20))])
+            made.submit([asked(*range(20))])
         for stream in streams:
             await read(stream)
 
@@ -518,18 +522,18 @@ def test_the_queue_is_bounded_by_tokens(fleet: Any) -> None:
 def test_deadlines_and_leaving(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         now = asyncio.get_running_loop().time()
-        running = [made.submit([submission(i, count=10_000)])[0] for i in range(2)]
-        late = made.submit([submission(5, count=10_000, deadline=now + 0.1)])[0]
-        waiting = made.submit([submission(6, queue_deadline=now + 0.05)])[0]
+        running = [begun(made, asked(i, count=10_000)) for i in range(2)]
+        late = begun(made, asked(5, count=10_000, deadline=now + 0.1))
+        waiting = begun(made, asked(6, queue_deadline=now + 0.05))
         assert (await read(waiting))[1].finish == "queue_timeout"
         assert (await read(late))[1].finish == "deadline"
         for stream in running:
             await stream.__anext__()
-            await stream.aclose()
-        one = submission(7)
+            made.abort(stream)
+        one = asked(7)
         assert (await carried(made, [one]))[0][0] == answer(one)
         assert made.snapshot().running == 0
-        assert not made._tickets
+        assert not made._held
         assert made._stats.totals.finished == {"queue_timeout": 1, "deadline": 1, "abort": 2, "length": 1}
 
     fleet(test, max_num_seqs=2)
@@ -539,13 +543,13 @@ def test_priority(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
         ended: list[str] = []
 
-        async def note(one: Submission) -> None:
-            await read(made.submit([one])[0])
+        async def note(one: Sequence) -> None:
+            await read(begun(made, one))
             ended.append(one.record.request_id)
 
-        first = [submission(i, count=30, name=f"first{i}") for i in range(2)]
-        last = submission(3, name="last", priority=1)
-        soon = submission(4, name="soon", priority=-1)
+        first = [asked(i, count=30, name=f"first{i}") for i in range(2)]
+        last = asked(3, name="last", priority=1)
+        soon = asked(4, name="soon", priority=-1)
         await asyncio.gather(*(note(one) for one in [*first, last, soon]))
         assert ended.index("soon") < ended.index("last")
 
@@ -560,9 +564,9 @@ def test_a_low_priority_is_served_though_high_ones_keep_coming(fleet: Any) -> No
         ended: list[int] = []
 
         async def note(priority: int, number: int) -> None:
-            one = submission(number % 200, count=4, name=f"{priority}-{number}", priority=priority)
+            one = asked(number % 200, count=4, name=f"{priority}-{number}", priority=priority)
             one.record.arrival = began + 10.0 * number
-            await read(made.submit([one])[0])
+            await read(begun(made, one))
             ended.append(priority)
 
         async def stream(first: int) -> None:
@@ -579,27 +583,27 @@ def test_a_low_priority_is_served_though_high_ones_keep_coming(fleet: Any) -> No
 
 def test_requests_of_one_call_are_in_the_order_of_their_priorities(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        running = [made.submit([submission(i, count=10_000)])[0] for i in range(2)]
-        ones = [submission(9, name=f"{i}", priority=p) for i, p in enumerate((5, -(2**63), 2**63 - 1, 5, 0, 100))]
+        running = [begun(made, asked(i, count=10_000)) for i in range(2)]
+        ones = [asked(9, name=f"{i}", priority=p) for i, p in enumerate((5, -(2**63), 2**63 - 1, 5, 0, 100))]
         for one in ones:
             one.record.arrival = ones[0].record.arrival
         made.submit(ones)
-        assert [ticket.name for ticket in made._queue] == ["1", "4", "0", "3", "5", "2"]
+        assert [one.name for one in made._queue] == ["1", "4", "0", "3", "5", "2"]
         for stream in running:
-            await stream.aclose()
+            made.abort(stream)
 
     fleet(test, max_num_seqs=1, scheduler="priority")
 
 
 def test_an_engine_is_told_when_the_call_came() -> None:
-    one = submission(5)
-    sent = decode_to_engine(encode(Ticket(one, 0, 0, lambda ticket: None).message(None)))
+    one = asked(5)
+    sent = decode_to_engine(encode(one.message()))
     assert sent.arrival == one.record.arrival
 
 
 def test_what_an_engine_refuses(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        one = submission(REFUSED)
+        one = asked(REFUSED)
         ((_, last),) = await carried(made, [one])
         assert (last.finish, last.error_kind, last.error) == ("refused", "invalid", "no")
         assert (one.record.finish_reason, one.record.error) == ("refused", "no")
@@ -610,29 +614,29 @@ def test_what_an_engine_refuses(fleet: Any) -> None:
 
 
 def test_what_ran_and_is_refused_when_it_goes_on_failed() -> None:
-    ticket = Ticket(submission(5), 0, 0, lambda ticket: None)
-    ticket.take(Delta("x", tokens=[1]))
-    assert ticket.take(Delta("x", finish="refused", error="not today", error_kind="rejected")).finish == "error"
+    one = asked(5)
+    one.take(Delta("x", tokens=[1]))
+    assert one.take(Delta("x", finish="refused", error="not today", error_kind="rejected")).finish == "error"
 
 
 def test_children_follow_their_parent(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        parent = submission(1, 2, name="p")
-        children = [submission(1, 2, name=f"c{i}", parent=parent) for i in range(3)]
-        streams = made.submit([parent, *children])
-        for stream in streams:
-            assert (await read(stream))[0] == answer(parent)
+        parent = asked(1, 2, name="p")
+        children = [asked(1, 2, name=f"c{i}", parent=parent) for i in range(3)]
+        made.submit([parent, *children])
+        for one in (parent, *children):
+            assert (await read(one))[0] == answer(parent)
 
     fleet(test)
 
 
 def test_late_readers_get_deltas_as_one(fleet: Any) -> None:
     async def test(made: Fleet) -> None:
-        one = submission(1)
-        (stream,) = made.submit([one])
+        one = asked(1)
+        made.submit([one])
         while made.snapshot().running:
             await asyncio.sleep(0.01)
-        delta = await stream.__anext__()
+        delta = await one.__anext__()
         assert (delta.tokens, delta.finish) == (answer(one), "length")
 
     fleet(test)

@@ -13,9 +13,9 @@ from server.fakes import READY
 from hf_paged import PagedConfig, SamplingParams
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError
-from hf_paged.server.front import fleet, tickets
-from hf_paged.server.front.engine import Submission
+from hf_paged.server.front import fleet, sequence
 from hf_paged.server.front.fleet import Fleet
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.messages import Delta, Ready
 from hf_paged.server.pace import WINDOW, Pace, bounded
 from hf_paged.server.stats import RequestRecord, ServerStats
@@ -122,11 +122,11 @@ class Scripted:
         for _ in range(count):
             self._number += 1
             record = RequestRecord(f"r{self._number}", "client", arrival=self._clock.now)
-            self.fleet.submit([Submission(record, [1], SamplingParams(max_tokens=tokens))])
+            self.fleet.submit([Sequence(record, [1], SamplingParams(max_tokens=tokens))])
 
     def bring(self, count: int, finish: str | None = None) -> None:
         """Tokens for the one that is longest on the engine."""
-        name = next(iter(self.replica.tickets))
+        name = next(iter(self.replica.sequences))
         self.fleet.replica_brought(self.replica, Delta(name, tokens=[7] * count, finish=finish))
 
     def serve(self, seconds: float, each: float) -> None:
@@ -156,7 +156,7 @@ async def no_spare() -> None: ...
 @pytest.fixture
 def scripted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Runs a test over a scripted fleet, in an event loop that it doesn't wait in."""
-    for module in (fleet, tickets):
+    for module in (fleet, sequence):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
 
     def run(test: Any) -> None:
@@ -211,10 +211,10 @@ def test_an_idle_night_and_a_burst(scripted: Any, clock: Clock) -> None:
 def test_nothing_has_ended_and_long_ones_run(scripted: Any, clock: Clock) -> None:
     def test(made: Scripted) -> None:
         made.ready().submit(4, tokens=60)
-        for name in list(made.replica.tickets):
+        for name in list(made.replica.sequences):
             made.fleet.replica_brought(made.replica, Delta(name, tokens=[7]))
         clock.now += 10
-        for name in list(made.replica.tickets):
+        for name in list(made.replica.sequences):
             made.fleet.replica_brought(made.replica, Delta(name, tokens=[7] * 19))
         # A third of what they may take after 10 s: each stays 30 s, so one of the two ends each 15 s.
         assert made.told == pytest.approx(3 / 2 * 15)
@@ -252,9 +252,9 @@ def test_as_long_again_where_nothing_is_known(scripted: Any, clock: Clock) -> No
 def test_what_leaves_before_its_turn_does_not_count(scripted: Any, clock: Clock) -> None:
     def test(made: Scripted) -> None:
         made.ready().submit(1002)
-        for ticket in list(made.fleet._queue)[:900]:
+        for one in list(made.fleet._queue)[:900]:
             clock.now += 0.01
-            made.fleet.abort(ticket.submission)
+            made.fleet.abort(one)
         assert made.told == pytest.approx(9)  # nothing is known of the engine
 
     scripted(test)
@@ -266,7 +266,7 @@ def test_one_that_waited_too_long_is_told(scripted: Any, clock: Clock) -> None:
         made.serve(10.0, 1.0)
         last = made.fleet._queue[-1]
         made.fleet._waited_too_long(last)
-        (delta,) = last.stream._pending
+        (delta,) = last._unread
         assert (delta.finish, delta.retry_after) == ("queue_timeout", pytest.approx(21 / 2))
 
     scripted(test)

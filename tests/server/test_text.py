@@ -436,4 +436,3 @@ def test_decoding_directly_is_decoding(skip: bool) -> None:
     called._decoder = lambda some: TOKENIZER.decode(some, skip_special_tokens=skip)
     for token in ids:
         assert direct.add([token]) == called.add([token])
-    assert direct.text == called.text

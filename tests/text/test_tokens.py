@@ -23,10 +23,7 @@ def texts_of(kind: str) -> TokenTexts:
 
 def detokenized(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
     detokenizer = Detokenizer(tokenizer, prompt, SamplingParams())
-    for token in ids:
-        detokenizer.add([token])
-    detokenizer.add([], last=True)
-    return detokenizer.text
+    return "".join(map(detokenizer.add, ([token] for token in ids))) + detokenizer.add([], last=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

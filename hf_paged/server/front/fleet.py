@@ -5,31 +5,53 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections import abc
 
 from hf_paged.engine.scheduler import turn
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
-from hf_paged.server.front.engine import Snapshot, Submission
 from hf_paged.server.front.process import Spares
 from hf_paged.server.front.replica import Replica
 from hf_paged.server.front.router import Router
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.front.sockets import Sockets, sweep
-from hf_paged.server.front.tickets import Stream, Ticket
 from hf_paged.server.messages import Delta, EngineStats, Ready, WatchBlocks
 from hf_paged.server.pace import Pace, bounded
 from hf_paged.server.stats import ServerStats
 
 logger = logging.getLogger("hf_paged.server")
 
-KILLS = 2  # engines that a request may take with it
+KILLS = 2  # engine deaths after which the request that causes them is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """How an engine is doing.
+
+    Attributes:
+        ready: whether it takes requests now.
+        alive: whether it makes progress, or will again.
+        why: if one of them isn't so, the reason.
+        waiting, waiting_tokens: requests that have no token yet, and what they are about to compute.
+        running: requests that have one.
+        replicas: for each one its state: starting, ready, restarting, stopped.
+    """
+
+    ready: bool
+    alive: bool
+    why: str
+    waiting: int
+    waiting_tokens: int
+    running: int
+    replicas: tuple[str, ...]
 
 
 class Fleet:
-    """See `front.engine.EngineClient`, which this is.
+    """All engines, as one. Used in the event loop alone; routes and tests know no more of it than its public methods.
 
     A sequence waits in the queue until a replica has room for it; the replicas' own queues stay short, so that what
     waits can still go anywhere. When an engine dies, its sequences go back to the queue's front, and each replica is
@@ -49,9 +71,9 @@ class Fleet:
         self._spares = Spares(config.spare_engine)
         self._replicas = [Replica(i, config, self._sockets, self._spares, self) for i in range(config.replicas)]
         self._router = Router()
-        self._queue: list[Ticket] = []  # never placed; by sort key
-        self._returning: list[Ticket] = []  # from dead engines; suspects last
-        self._tickets: dict[Submission, Ticket] = {}
+        self._held: dict[Sequence, None] = {}  # all that have not ended, the oldest first
+        self._queue: list[Sequence] = []  # of these, those never placed; by sort key
+        self._returning: list[Sequence] = []  # and those from dead engines; suspects last
         self._order = itertools.count()
         self._queued_tokens = 0
         self._pace = Pace()  # of sequences that end
@@ -84,13 +106,13 @@ class Fleet:
             await asyncio.sleep(0.02)
 
     def abort_all(self) -> None:
-        """See `EngineClient.abort_all`."""
+        """End every sequence, and take no more."""
         self._closed = True
-        for submission in list(self._tickets):
-            self.abort(submission)
+        for sequence in list(self._held):
+            self.abort(sequence)
 
     async def close(self) -> None:
-        """See `EngineClient.close`."""
+        """End everything, processes too. Sequences that have not ended end with abort."""
         self.abort_all()
         for replica in self._replicas:
             replica.stop()
@@ -104,7 +126,7 @@ class Fleet:
         self._sockets.close()
 
     def snapshot(self) -> Snapshot:
-        """See `EngineClient.snapshot`."""
+        """How the engines are doing."""
         ready = any(replica.state == "ready" for replica in self._replicas)
         hung = [replica for replica in self._replicas if replica.stalled() > self._config.watchdog]
         lost = [replica for replica in self._replicas if replica.lost]
@@ -121,14 +143,9 @@ class Fleet:
             why=why,
             waiting=len(self._queue) + len(self._returning),
             waiting_tokens=self._queued_tokens,
-            running=sum(len(replica.tickets) for replica in self._replicas),
+            running=sum(len(replica.sequences) for replica in self._replicas),
             replicas=states,
         )
-
-    @property
-    def pids(self) -> list[int | None]:
-        """Of the engine processes."""
-        return [replica.pid for replica in self._replicas]
 
     async def _watchdog(self) -> None:
         """An engine that hangs fails the liveness probe; left alone for as long again, it is killed and replaced.
@@ -141,7 +158,7 @@ class Fleet:
             for replica in self._replicas:
                 try:
                     self._check_progress(replica)
-                except Exception:  # the others are watched all the same
+                except Exception:  # keep watching the others
                     logger.exception("engine %d can't be watched", replica.index)
             if all(replica.state in ("ready", "stopped") for replica in self._replicas):
                 await self._spares.prepare()
@@ -158,44 +175,46 @@ class Fleet:
 
     # -------------------------------------------------------------------------------------------------- come, go, queue
 
-    def submit(self, group: Sequence[Submission]) -> Sequence[Stream]:
-        """See `EngineClient.submit`."""
-        self.check_room(len(group), sum(len(submission.prompt) for submission in group))
-        tickets = [self._ticket(submission) for submission in group]
+    def submit(self, group: abc.Sequence[Sequence]) -> None:
+        """Take sequences that share a prompt. Each is given (`Sequence.put`) what it brings, at last one with `finish`.
+
+        Nothing is awaited: a request is in once this returns.
+
+        Raises:
+            APIError: as `check_room`; none of the group was taken.
+        """
+        self.check_room(len(group), sum(len(sequence.prompt) for sequence in group))
+        for sequence in group:
+            sequence.check()
         with contextlib.ExitStack() as undo:
-            for ticket in tickets:
-                undo.callback(self.abort, ticket.submission)
-                self._register(ticket)
+            for sequence in group:
+                undo.callback(self.abort, sequence)
+                self._register(sequence)
             undo.pop_all()
         self._pump()
-        return [ticket.stream for ticket in tickets]
 
-    def _ticket(self, submission: Submission) -> Ticket:
-        by_priority = self._config.paged.scheduler == "priority"
-        own = turn(submission.record.arrival, submission.priority) if by_priority else 0
-        ticket = Ticket(submission, next(self._order), own, self._left)
-        ticket.check()
-        return ticket
-
-    def _register(self, ticket: Ticket) -> None:
+    def _register(self, sequence: Sequence) -> None:
         """Put it into the queue; `_end` takes it out again."""
-        self._tickets[ticket.submission] = ticket
-        bisect.insort(self._queue, ticket, key=lambda t: t.sort_key)
-        self._queued_tokens += ticket.size
-        self._stats.started(ticket.submission.record)
-        self._set_timers(ticket)
+        by_priority = self._config.paged.scheduler == "priority"
+        own = turn(sequence.record.arrival, sequence.priority) if by_priority else 0
+        sequence.sort_key = own, next(self._order)
+        self._held[sequence] = None
+        bisect.insort(self._queue, sequence, key=lambda s: s.sort_key)
+        self._queued_tokens += sequence.size
+        self._stats.started(sequence.record)
+        self._set_timers(sequence)
 
-    def abort(self, submission: Submission, reason: str = "abort") -> None:
-        """See `EngineClient.abort`."""
-        ticket = self._tickets.get(submission)
-        if ticket is not None:
-            self._end(ticket, Delta(ticket.name, finish=reason), tell_engine=True)
-
-    def _left(self, ticket: Ticket) -> None:
-        self.abort(ticket.submission)
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        """End a sequence, with `finish` being the reason. Does nothing to one that is over."""
+        if sequence in self._held:
+            self._end(sequence, Delta(sequence.name, finish=reason), tell_engine=True)
 
     def check_room(self, count: int, tokens: int = 0) -> None:
-        """See `EngineClient.check_room`."""
+        """See whether `count` sequences with `tokens` prompt tokens would be taken now.
+
+        Raises:
+            APIError: 429, the queue is full; 503, nothing is taken now; 400, more than the server ever takes.
+        """
         if self._closed or self.info is None:
             after = self._ready_in()
             raise APIError(503, "the model is still loading; try again soon", code="not_ready", retry_after=after)
@@ -206,7 +225,7 @@ class Fleet:
         if count > seats + self._config.max_queue_requests:
             most = seats + self._config.max_queue_requests
             raise invalid(f"{count} sequences in one call are more than the {most} that the server ever holds", "n")
-        room = sum(replica.room - len(replica.tickets) for replica in self._replicas if replica.state == "ready")
+        room = sum(replica.room - len(replica.sequences) for replica in self._replicas if replica.state == "ready")
         waiting = len(self._queue) + len(self._returning) + count - room
         most, most_tokens = self._config.max_queue_requests, self._config.max_queue_tokens
         if waiting > most:
@@ -223,8 +242,8 @@ class Fleet:
     def _retry_after(self) -> float:
         """Seconds until half of what waits has its turn, at the pace at which sequences end while others wait."""
         pace = self._pace.rate or self._projected()
-        if pace is None:  # nothing is known yet: as long again as the oldest has been here
-            oldest = next(iter(self._tickets), None)
+        if pace is None:  # nothing measured yet: assume that the oldest needs as long again
+            oldest = next(iter(self._held), None)
             return bounded(0.0 if oldest is None else time.monotonic() - oldest.record.arrival)
         return bounded((len(self._queue) + len(self._returning) + 1) / 2 / pace)
 
@@ -236,8 +255,8 @@ class Fleet:
         now, totals = time.monotonic(), self._stats.totals
         ended = sum(totals.finished.get(reason, 0) for reason in ("stop", "length"))
         typical = totals.output_tokens / ended if ended else None
-        placed = [ticket for replica in self._replicas for ticket in replica.tickets.values()]
-        stays = [stay for ticket in placed if (stay := ticket.stay(now, typical)) is not None]
+        placed = [one for replica in self._replicas for one in replica.sequences.values()]
+        stays = [stay for one in placed if (stay := one.stay(now, typical)) is not None]
         return len(placed) * len(stays) / max(1e-3, sum(stays)) if stays else None
 
     def _ready_in(self) -> float:
@@ -247,17 +266,16 @@ class Fleet:
         """
         return bounded(time.monotonic() - self._began if self._loading is None else self._loading)
 
-    def _set_timers(self, ticket: Ticket) -> None:
+    def _set_timers(self, sequence: Sequence) -> None:
         loop, now = asyncio.get_running_loop(), time.monotonic()
-        deadline, queue_deadline = ticket.submission.deadline, ticket.submission.queue_deadline
-        if deadline is not None:
-            ticket.timers.append(loop.call_later(deadline - now, self.abort, ticket.submission, "deadline"))
-        if queue_deadline is not None:
-            ticket.timers.append(loop.call_later(queue_deadline - now, self._waited_too_long, ticket))
+        if sequence.deadline is not None:
+            sequence.timers.append(loop.call_later(sequence.deadline - now, self.abort, sequence, "deadline"))
+        if sequence.queue_deadline is not None:
+            sequence.timers.append(loop.call_later(sequence.queue_deadline - now, self._waited_too_long, sequence))
 
-    def _waited_too_long(self, ticket: Ticket) -> None:
-        if ticket.replica is None and not ticket.output and not ticket.returning:
-            self._end(ticket, Delta(ticket.name, finish="queue_timeout", retry_after=self._retry_after()))
+    def _waited_too_long(self, sequence: Sequence) -> None:
+        if sequence.replica is None and not sequence.output and not sequence.returning:
+            self._end(sequence, Delta(sequence.name, finish="queue_timeout", retry_after=self._retry_after()))
 
     # --------------------------------------------------------------------------------------------------------- placing
 
@@ -273,9 +291,9 @@ class Fleet:
             open_ones = [r for r in self._replicas if _has_room(r) and r.probe is None and not self._returning]
             if not open_ones:
                 return
-            ticket = self._queue.pop(0)
-            self._queued_tokens -= ticket.size
-            self._place(ticket, open_ones)
+            sequence = self._queue.pop(0)
+            self._queued_tokens -= sequence.size
+            self._place(sequence, open_ones)
 
     def _place_returning(self) -> None:
         while self._returning:
@@ -284,11 +302,11 @@ class Fleet:
                 return
             self._place(self._returning.pop(0), free)
 
-    def _place(self, ticket: Ticket, replicas: Sequence[Replica]) -> None:
-        parent = self._tickets.get(ticket.submission.parent) if ticket.submission.parent else None
-        near = [replica for replica in replicas if parent is not None and replica is parent.replica]
-        replica = near[0] if near else self._router.choose(ticket, replicas)
-        replica.place(ticket, parent)
+    def _place(self, sequence: Sequence, replicas: abc.Sequence[Replica]) -> None:
+        parent = sequence.parent
+        near = [one for one in replicas if parent is not None and not parent.done and one.index == parent.replica]
+        replica = near[0] if near else self._router.choose(sequence, replicas)
+        replica.place(sequence)
 
     # ------------------------------------------------------------------------------------------- what the replicas tell
 
@@ -299,69 +317,66 @@ class Fleet:
             self.info, self._loading = ready, time.monotonic() - self._began
         self._pump()
 
-    def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
+    def replica_died(self, replica: Replica, sequences: list[Sequence], why: str) -> None:
         """See `replica.Owner`."""
         self._router.forget(replica)
-        fresh = [ticket for ticket in tickets if ticket.fresh]
+        fresh = [sequence for sequence in sequences if sequence.fresh]
         if len(fresh) == 1:
             fresh[0].kills += 1
-        for ticket in tickets:
-            ticket.lost()
-            if ticket.kills >= KILLS:
-                message = f"the engine died {ticket.kills} times of this request ({why}); it is given up"
-                logger.error("%s", message, extra={"request_id": ticket.name})
-                self._end(ticket, Delta(ticket.name, finish="error", error=message, error_kind="internal"))
+        for sequence in sequences:
+            sequence.lost()
+            if sequence.kills >= KILLS:
+                message = f"the engine died {sequence.kills} times of this request ({why}); it is given up"
+                logger.error("%s", message, extra={"request_id": sequence.name})
+                self._end(sequence, Delta(sequence.name, finish="error", error=message, error_kind="internal"))
             else:
-                self._returning.append(ticket)
-        self._returning.sort(key=lambda ticket: (ticket.kills, ticket.sort_key))
+                self._returning.append(sequence)
+        self._returning.sort(key=lambda sequence: (sequence.kills, sequence.sort_key))
         if not self._closed:
             self._stats.restarted(replica.index, why)
             self._pump()
 
     def replica_brought(self, replica: Replica, delta: Delta) -> None:
         """See `replica.Owner`."""
-        ticket = replica.tickets.get(delta.id)
-        if ticket is None:  # aborted meanwhile
+        sequence = replica.sequences.get(delta.id)
+        if sequence is None:  # aborted meanwhile
             return
-        delta = ticket.take(delta)
-        if replica.probe is ticket and not ticket.returning:
+        delta = sequence.take(delta)
+        proved = replica.probe is sequence and not sequence.returning
+        if proved:
             replica.probe = None
-            pump = True
-        else:
-            pump = False
         if delta.finish is not None:
-            self._end(ticket, delta)
-        else:
-            self._stats.brought(ticket.submission.record, delta)
-            ticket.stream.put(delta)
-            if pump:
-                self._pump()
+            self._end(sequence, delta)
+            return
+        self._stats.brought(sequence.record, delta)
+        sequence.put(delta)
+        if proved:
+            self._pump()
 
     def replica_reported(self, replica: Replica, stats: EngineStats) -> None:
         """See `replica.Owner`."""
         stats.replica = replica.index
         self._stats.engine(stats)
 
-    def _end(self, ticket: Ticket, delta: Delta, *, tell_engine: bool = False) -> None:
-        if ticket.done:
+    def _end(self, sequence: Sequence, delta: Delta, *, tell_engine: bool = False) -> None:
+        if sequence.done:
             return
-        ticket.done = True
-        ticket.cancel_timers()
-        self._tickets.pop(ticket.submission, None)
-        if ticket.replica is not None:
-            ticket.replica.forget(ticket, abort=tell_engine)
-        elif ticket in self._returning:
-            self._returning.remove(ticket)
-        elif ticket in self._queue:
-            self._queue.remove(ticket)
-            self._queued_tokens -= ticket.size
+        sequence.done = True
+        sequence.cancel_timers()
+        self._held.pop(sequence, None)
+        if sequence.replica is not None:
+            self._replicas[sequence.replica].forget(sequence, abort=tell_engine)
+        elif sequence in self._returning:
+            self._returning.remove(sequence)
+        elif sequence in self._queue:
+            self._queue.remove(sequence)
+            self._queued_tokens -= sequence.size
         assert delta.finish is not None
-        record = ticket.submission.record
-        self._stats.brought(record, delta)
-        self._stats.ended(record, delta.finish, delta.error)
-        if ticket.output:  # what left before its turn tells nothing of the engines' pace
+        self._stats.brought(sequence.record, delta)
+        self._stats.ended(sequence.record, delta.finish, delta.error)
+        if sequence.output:  # one that never ran says nothing about the pace
             self._pace.done()
-        ticket.stream.put(delta)
+        sequence.put(delta)
         self._pump()
 
 
@@ -370,4 +385,4 @@ def _unstartable(replica: Replica) -> str:
 
 
 def _has_room(replica: Replica) -> bool:
-    return replica.state == "ready" and len(replica.tickets) < replica.room
+    return replica.state == "ready" and len(replica.sequences) < replica.room

@@ -19,7 +19,7 @@ from hf_paged.server.messages import FromEngine, Hello, Stop, ToEngine, decode_f
 logger = logging.getLogger(__name__)
 
 GRACE = 0.05
-DESCRIPTORS = 16  # more than starting a process takes
+DESCRIPTORS = 16  # upper bound on the descriptors that starting a process needs
 
 
 async def spawn() -> asyncio.subprocess.Process:
@@ -50,7 +50,7 @@ class Spares:
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
         self._spare: asyncio.subprocess.Process | None = None
-        self._failing = False  # the last try to make one failed, and the logs have it
+        self._failing = False  # the last attempt failed and was logged
         self._making = asyncio.Lock()
 
     async def take(self) -> asyncio.subprocess.Process:
@@ -110,9 +110,9 @@ class EngineProcess:
             for socket in (self._to, self._from):
                 address = sockets.address()
                 self._addresses.append(address)
-                socket.setsockopt(zmq.SNDHWM, 0)  # what may be queued is bounded by the front's admission
+                socket.setsockopt(zmq.SNDHWM, 0)  # no limit: the front's admission bounds the messages
                 socket.setsockopt(zmq.RCVHWM, 0)
-                socket.connect(address)  # before the other end is there, which zmq waits for
+                socket.connect(address)  # zmq connects once the other end has bound it
             self._to.send(encode(Hello()))
         except BaseException:
             self._close()
@@ -142,11 +142,11 @@ class EngineProcess:
         reader = asyncio.create_task(self._read())
         try:
             assert process.stdin is not None
-            with contextlib.suppress(ConnectionError):  # dead already: its exit status tells
+            with contextlib.suppress(ConnectionError):  # already dead: its exit status says so
                 process.stdin.write(pickle.dumps(orders))
                 await process.stdin.drain()
             status = await process.wait()
-            await asyncio.sleep(GRACE)  # what it sent last may still be on its way: tokens, or why it couldn't start
+            await asyncio.sleep(GRACE)  # its last messages may still be in transit
             return status
         finally:
             reader.cancel()

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.front.process import EngineProcess, Spares
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.front.sockets import Sockets
-from hf_paged.server.front.tickets import Ticket
 from hf_paged.server.messages import Abort, Delta, Deltas, EngineStats, Failed, FromEngine, Ready, ToEngine
 
 logger = logging.getLogger("hf_paged.server")
@@ -26,7 +26,7 @@ class Owner(Protocol):
     def replica_ready(self, replica: Replica, ready: Ready) -> None:
         """It takes requests."""
 
-    def replica_died(self, replica: Replica, tickets: list[Ticket], why: str) -> None:
+    def replica_died(self, replica: Replica, sequences: list[Sequence], why: str) -> None:
         """Its process is gone; these were on it."""
 
     def replica_brought(self, replica: Replica, delta: Delta) -> None:
@@ -43,7 +43,7 @@ class Replica:
         index: which one it is.
         state: starting (never ready yet), ready, restarting, stopped.
         room: sequences that it is handed at a time.
-        tickets: those that it has, by name.
+        sequences: those that it has, by name.
         probe: a sequence that came from a dead engine and has to prove itself before any other is handed over.
         why: how its last process ended; empty: none has.
         failure: why it can't be started, once it is clear that trying again is of no use.
@@ -54,8 +54,8 @@ class Replica:
         self.index = index
         self.state = "starting"
         self.room = config.paged.max_num_seqs + max(1, config.paged.max_num_seqs // 8)
-        self.tickets: dict[str, Ticket] = {}
-        self.probe: Ticket | None = None
+        self.sequences: dict[str, Sequence] = {}
+        self.probe: Sequence | None = None
         self.failure: Failed | None = None
         self._config = config
         self._sockets = sockets
@@ -78,7 +78,7 @@ class Replica:
     @property
     def load(self) -> int:
         """Tokens that are still to be computed for what it has."""
-        return sum(ticket.expected for ticket in self.tickets.values())
+        return sum(sequence.expected for sequence in self.sequences.values())
 
     @property
     def lost(self) -> bool:
@@ -88,7 +88,7 @@ class Replica:
 
     def stalled(self) -> float:
         """Seconds without progress, though it has work."""
-        if self.state != "ready" or not self.tickets:
+        if self.state != "ready" or not self.sequences:
             self._progress = time.monotonic()
         return time.monotonic() - self._progress
 
@@ -120,12 +120,12 @@ class Replica:
         self._deaths = 0 if self._served or age >= YOUNG else self._deaths + 1
         self._failed_starts += not was_ready
         self.state = "restarting" if self.state != "starting" or was_ready else "starting"
-        tickets, self.tickets, self.probe = list(self.tickets.values()), {}, None
+        sequences, self.sequences, self.probe = list(self.sequences.values()), {}, None
         if self._stopping:
             return
-        resumed = f"{len(tickets)} requests will be resumed"
+        resumed = f"{len(sequences)} requests will be resumed"
         logger.error("engine %d died (%s); %s", self.index, why, resumed, extra={"pid": self.pid})
-        self._owner.replica_died(self, tickets, why)
+        self._owner.replica_died(self, sequences, why)
 
     async def _run_process(self) -> int:
         """The exit status of a new process, once it is dead; one that isn't ready in time is killed."""
@@ -161,23 +161,23 @@ class Replica:
 
     # --------------------------------------------------------------------------------------------------------- requests
 
-    def place(self, ticket: Ticket, parent: Ticket | None) -> None:
+    def place(self, sequence: Sequence) -> None:
         """Hand it a sequence."""
-        ticket.placed_on(self)
-        if ticket.returning:
-            self.probe = ticket
-        self.tickets[ticket.name] = ticket
-        if not self.send(ticket.message(parent)):
-            ticket.fresh = False  # the process never had it, so it doesn't die of it
+        sequence.placed_on(self.index)
+        if sequence.returning:
+            self.probe = sequence
+        self.sequences[sequence.name] = sequence
+        if not self.send(sequence.message()):
+            sequence.fresh = False  # the process did not get it, so its death is not this sequence's fault
 
-    def forget(self, ticket: Ticket, *, abort: bool) -> None:
+    def forget(self, sequence: Sequence, *, abort: bool) -> None:
         """It is done with a sequence; `abort`: and has to be told so."""
-        if self.tickets.pop(ticket.name, None) is None:
+        if self.sequences.pop(sequence.name, None) is None:
             return
-        if self.probe is ticket:
+        if self.probe is sequence:
             self.probe = None
         if abort:
-            self.send(Abort([ticket.name]))
+            self.send(Abort([sequence.name]))
 
     def send(self, message: ToEngine) -> bool:
         """Tell the process something; whether that was possible."""

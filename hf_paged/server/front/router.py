@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, abc
 
 from hf_paged.server.front.replica import Replica
-from hf_paged.server.front.tickets import Ticket
+from hf_paged.server.front.sequence import Sequence
 
 GRAIN = 64  # tokens of a prefix that are remembered as one
 REMEMBERED = 20_000  # prefixes for each replica
@@ -25,18 +24,18 @@ class Router:
 
     def __init__(self) -> None:
         self._seen: dict[int, OrderedDict[bytes, None]] = {}
-        self._turns: dict[int, int] = {}  # of equals, the one that was not chosen for longest
+        self._turns: dict[int, int] = {}  # number of each replica's last choice: of equals the oldest is taken
         self._turn = itertools.count(1)
 
-    def choose(self, ticket: Ticket, replicas: Sequence[Replica]) -> Replica:
+    def choose(self, sequence: Sequence, replicas: abc.Sequence[Replica]) -> Replica:
         """The replica of these that the sequence goes to; remembers that it did."""
         if len(replicas) == 1:
             return replicas[0]
-        keys = _keys(ticket.submission.prompt, ticket.submission.cache_key)
+        keys = _keys(sequence.prompt, sequence.cache_key)
 
         def cost(replica: Replica) -> tuple[int, int]:
             known = GRAIN * self._known(replica.index, keys)
-            return replica.load + ticket.size - known, self._turns.get(replica.index, 0)
+            return replica.load + sequence.size - known, self._turns.get(replica.index, 0)
 
         best = min(replicas, key=cost)
         self._turns[best.index] = next(self._turn)
@@ -47,7 +46,7 @@ class Router:
         """Its process died, and its cache with it."""
         self._seen.pop(replica.index, None)
 
-    def _known(self, index: int, keys: Sequence[bytes]) -> int:
+    def _known(self, index: int, keys: abc.Sequence[bytes]) -> int:
         seen: OrderedDict[bytes, None] = self._seen.get(index, OrderedDict())
         count = 0
         for key in keys:
@@ -56,7 +55,7 @@ class Router:
             count += 1
         return count
 
-    def _remember(self, index: int, keys: Sequence[bytes]) -> None:
+    def _remember(self, index: int, keys: abc.Sequence[bytes]) -> None:
         seen = self._seen.setdefault(index, OrderedDict())
         for key in keys:
             seen[key] = None
@@ -65,7 +64,7 @@ class Router:
             seen.popitem(last=False)
 
 
-def _keys(prompt: Sequence[int], cache_key: str | None) -> list[bytes]:
+def _keys(prompt: abc.Sequence[int], cache_key: str | None) -> list[bytes]:
     """A key for each whole grain of the prompt, which stands for everything up to its end."""
     keys, key = [], (cache_key or "").encode()
     for start in range(0, len(prompt) - GRAIN + 1, GRAIN):

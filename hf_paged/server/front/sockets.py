@@ -49,7 +49,7 @@ class Sockets:
             self._forget_folder()
             folder = _new_folder()
             self._lock = _locked(folder)
-            self._folder = folder  # not before: one without a lock could be swept
+            self._folder = folder  # only with its lock: `sweep` removes folders without one
         return f"{SCHEME}{self._folder}/{next(self._numbers)}"
 
     def discard(self, address: str) -> None:

@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field, model_validator
 from hf_paged.server.protocol.common import (
     MOST_TOOLS,
     Bool,
-    CacheBreakpoint,
     Int,
     ListOf,
     Metadata,
+    Part,
     Sampled,
     Str,
     Strict,
@@ -21,21 +21,10 @@ from hf_paged.server.protocol.common import (
 )
 
 
-class TextPart(Strict):
+class TextPart(Part):
     """A part of a message; only text is understood."""
 
-    kinds = "parts"
     type: Literal["text", "refusal"]
-    text: Str = ""
-    refusal: Str | None = Field(None, description="The text of a part of the type 'refusal'.")
-    prompt_cache_breakpoint: CacheBreakpoint | None = None
-
-    @model_validator(mode="after")
-    def _has_text(self) -> TextPart:
-        if self.type not in self.model_fields_set:
-            raise ValueError(f"a part of the type {self.type!r} needs {self.type}")
-        self.text = self.text if self.refusal is None else self.refusal
-        return self
 
 
 class FunctionCall(Strict):
@@ -81,25 +70,15 @@ class Message(Strict):
     parsed: Any = Field(None, description="The content again, as the openai package parses it.")
 
     @model_validator(mode="after")
-    def _in_todays_form(self) -> Message:
-        """What OpenAI's older or spoken messages say, as the others say it."""
-        if self.function_call is not None:
-            if self.tool_calls:
-                raise ValueError("function_call and tool_calls both make calls; give tool_calls")
-            self.tool_calls = [ToolCall.model_validate({"function": self.function_call})]
-        if self.audio is not None and self.content is None:
-            self.content = self.audio.transcript
-        if self.role == "function":
-            self.role = "tool"
-        return self
-
-    @model_validator(mode="after")
-    def _has_something(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
+    def _fits_together(self) -> Message:
+        calls = self.tool_calls or self.function_call
+        if self.tool_calls and self.function_call:
+            raise ValueError("function_call and tool_calls both make calls; give tool_calls")
+        said = self.content is not None or self.audio or (self.role == "assistant" and (calls or self.refusal))
+        if not said:
             raise ValueError(f"a message of the role {self.role!r} needs content")
-        if self.role != "assistant" and (self.tool_calls or self.audio):
-            name = "tool_calls" if self.tool_calls else "audio"
-            raise ValueError(f"only a message of the role 'assistant' has {name}")
+        if self.role != "assistant" and (calls or self.audio):
+            raise ValueError(f"only a message of the role 'assistant' has {'tool_calls' if calls else 'audio'}")
         return self
 
 

@@ -157,7 +157,7 @@ class StructuredOutputs(Strict):
         return value
 
     def constraint(self) -> dict[str, Any]:
-        """The fields that are set."""
+        """See `sampling.Asks`."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -170,11 +170,28 @@ class JSONSchema(Strict):
     strict: Bool | None = Field(None, description="The schema is always held to.")
 
 
+def constraint_of(kind: str, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The field of StructuredOutputs that a format asks for, and its value; None: any text will do."""
+    if kind == "json_object":
+        return {"json_object": True}
+    return {"json": schema or {}} if kind == "json_schema" else None
+
+
 class ResponseFormat(Strict):
     """What the answer has to be like."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise misfit("json_schema", "response_format of the type 'json_schema' needs json_schema")
+        return self
+
+    def constraint(self) -> dict[str, Any] | None:
+        """See `sampling.Asks`."""
+        return constraint_of(self.type, None if self.json_schema is None else self.json_schema.schema_)
 
 
 class CacheBreakpoint(Strict):
@@ -182,6 +199,24 @@ class CacheBreakpoint(Strict):
 
     mode: Literal["explicit"] | None = None
     ttl: Literal["30m", "12h"] | None = None
+
+
+class Part(Strict):
+    """A part of a message."""
+
+    kinds = "parts"
+    type: str
+    text: Str = ""
+    refusal: Str | None = Field(None, description="The text of a part of the type 'refusal'.")
+    prompt_cache_breakpoint: CacheBreakpoint | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Part:
+        name = "refusal" if self.type == "refusal" else "text"
+        if name not in self.model_fields_set:
+            raise ValueError(f"a part of the type {self.type!r} needs {name}")
+        self.text = self.text if self.refusal is None else self.refusal
+        return self
 
 
 class CacheOptions(Strict):
@@ -197,7 +232,7 @@ class Accepted(Strict):
     """Fields that OpenAI's clients send, and that can't change an answer here: checked, and used no further."""
 
     metadata: Metadata | None = Field(None, description="Handed back with the answer.")
-    store: Bool | None = Field(None, description="Nothing is stored, whatever it says.")
+    store: Bool | None = Field(None, description="Ignored: nothing is stored.")
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = Field(
         None, description="There is one tier; the answer says 'default'."
     )
@@ -234,7 +269,7 @@ class Shared(Accepted):
     skip_special_tokens: Bool = True
     spaces_between_special_tokens: Bool = True
     truncate_prompt_tokens: Int | None = Field(
-        None, ge=-1, le=INT64, description="Keep the last so many tokens of the prompt; -1: as many as fit."
+        None, ge=-1, le=INT64, description="Keep only this many tokens at the end of the prompt; -1: as many as fit."
     )
     allowed_token_ids: ListOf[TokenId] | None = None
     bad_words: ListOf[Word] | None = Field(None, max_length=MOST_WORDS)

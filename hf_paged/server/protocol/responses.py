@@ -10,15 +10,16 @@ from hf_paged.server.protocol.chat import NamedTool, Tool
 from hf_paged.server.protocol.common import (
     MOST_TOOLS,
     Bool,
-    CacheBreakpoint,
     Effort,
     Int,
     ListOf,
     Metadata,
+    Part,
     Shared,
     Str,
     Strict,
     Verbosity,
+    constraint_of,
     misfit,
 )
 
@@ -26,25 +27,13 @@ Status = Literal["in_progress", "completed", "incomplete"]
 Summary = Literal["auto", "concise", "detailed"]
 
 
-class InputText(Strict):
+class InputText(Part):
     """Text of a message; what an answer said may be handed back as it came."""
 
-    kinds = "parts"
     type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
-    text: Str = ""
-    refusal: Str | None = Field(None, description="The text of a part of the type 'refusal'.")
     annotations: list[Any] | None = Field(None, description="Of an answer: where its text is from.")
     logprobs: list[Any] | None = Field(None, description="Of an answer.")
     parsed: Any = Field(None, description="The text again, as the openai package parses it.")
-    prompt_cache_breakpoint: CacheBreakpoint | None = None
-
-    @model_validator(mode="after")
-    def _has_text(self) -> InputText:
-        name = "refusal" if self.type == "refusal" else "text"
-        if name not in self.model_fields_set:
-            raise ValueError(f"a part of the type {self.type!r} needs {name}")
-        self.text = self.text if self.refusal is None else self.refusal
-        return self
 
 
 class Item(Strict):
@@ -160,6 +149,10 @@ class TextFormat(Strict):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: Bool | None = None
 
+    def constraint(self) -> dict[str, Any] | None:
+        """See `sampling.Asks`."""
+        return constraint_of(self.type, self.schema_)
+
 
 class TextOptions(Strict):
     """Options of the text."""
@@ -193,7 +186,7 @@ class ImageOptions(Strict):
 
 
 LOGPROBS = "message.output_text.logprobs"
-# What the answer may have beside its text. All but the first tell of tools and inputs that there are none of here.
+# Values of `include`. Only the first has an effect: the others are for tools and inputs that this server lacks.
 Includable = Literal[
     "message.output_text.logprobs",
     "code_interpreter_call.outputs",

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import AsyncGenerator
+import collections
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from hf_paged.server import heavy
 from hf_paged.server.bodies import BodyRoute
 from hf_paged.server.errors import invalid
-from hf_paged.server.generation import Call, Choice
+from hf_paged.server.front.sequence import Sequence
 from hf_paged.server.protocol.chat import ChatRequest, ChatResponse
 from hf_paged.server.protocol.common import ERRORS
-from hf_paged.server.routes.chat_parts import ChatParts
-from hf_paged.server.routes.chat_prompt import forced, known_options, plain
-from hf_paged.server.routes.respond import event, prompt_logprobs_json, respond
-from hf_paged.server.sampling import Shape, needs_structured, sampling_params, shape_of
+from hf_paged.server.routes.choices import ChoicesCall, Chunk
+from hf_paged.server.routes.prompts import known_options, plain
+from hf_paged.server.routes.respond import respond
+from hf_paged.server.routes.tool_use import ToolReader, ToolUse
+from hf_paged.server.sampling import shape_of
 from hf_paged.server.text.logprobs import chat_logprobs
 from hf_paged.server.text.stream import Piece
 
@@ -28,50 +27,46 @@ router = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERRORS, summary="Answer a conversation")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """OpenAI's chat completions, with vLLM's further fields. `stream` makes it server-sent events."""
-    call = Call(request, body, "chatcmpl")
-    answer = _Answer(call, body)
-    return await respond(request, call, bool(body.stream), answer.events, answer.whole)
+    return await respond(request, _ChatCall(request, body))
 
 
-class _Answer:
-    """What a call is answered with."""
+class _ChatCall(ChoicesCall):
+    prefix = "chatcmpl"
+    kinds = ("chat.completion", "chat.completion.chunk")
+    body: ChatRequest
 
-    def __init__(self, call: Call, body: ChatRequest) -> None:
-        self._call = call
-        self._body = body
-        self._parts: dict[int, ChatParts] = {}
-        self._schema, self._named = forced(body.tools or [], body.tool_choice, body.parallel_tool_calls is not False)
+    def __init__(self, request: Request, body: ChatRequest) -> None:
+        super().__init__(request, body)
+        self._tools = ToolUse(body.tools or [], body.tool_choice, body.parallel_tool_calls, self.config.tool_parser)
+        self._readers = collections.defaultdict[int, ToolReader](self._tools.reader)
+        if body.metadata is not None:
+            self._beside["metadata"] = body.metadata
 
-    async def _start(self) -> None:
-        body, call = self._body, self._call
-        shape = shape_of(body.response_format, body.structured_outputs, call.ready)
-        if self._schema is not None:
-            if shape is not None:
-                raise invalid("tool_choice and response_format both shape the answer; give one", "tool_choice")
-            if not call.ready.structured:
-                raise needs_structured("tool_choice")
-            shape = Shape("tools", {"json": self._schema})
-        call.check_room(body.n or 1)
-        text = await self._prompt()
-        ids = await call.ids(text, special=body.add_special_tokens, param="messages")
-        wanted = {"max_completion_tokens": body.max_completion_tokens, "max_tokens": body.max_tokens}
-        room = call.room(ids, "messages", **wanted)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        make = functools.partial(sampling_params, seeds=call.seeds, max_tokens=room, logprobs=logprobs, shape=shape)
-        params = await heavy.run_if(call.has_long_lists, make, body, call.ready)
-        await call.start([(ids, params)], shape)
+    async def begin(self) -> None:
+        body = self.body
+        asked = {"tool_choice": self._tools, "structured_outputs": body.structured_outputs}
+        shape = shape_of(self.ready, {**asked, "response_format": body.response_format})
+        self.check_room(body.n or 1)
+        await self.start_one(
+            await self._prompt(),
+            special=body.add_special_tokens,
+            param="messages",
+            shape=shape,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            max_completion_tokens=body.max_completion_tokens,
+            max_tokens=body.max_tokens,
+        )
 
     async def _prompt(self) -> str:
-        body, call = self._body, self._call
-        if body.chat_template and not call.config.trust_request_chat_template:
+        body = self.body
+        if body.chat_template and not self.config.trust_request_chat_template:
             raise invalid("chat_template of a call needs --trust-request-chat-template", "chat_template")
         options = dict(body.chat_template_kwargs or {})
-        template = body.chat_template or call.model_text.chat_template
+        template = body.chat_template or self.model_text.chat_template
         options |= known_options(template, reasoning_effort=body.reasoning_effort, verbosity=body.verbosity)
-        tools = (tool.model_dump(exclude_none=True) for tool in body.tools or [])
-        return await call.model_text.render(
-            map(plain, body.messages),
-            tools=tools if body.tool_choice != "none" else None,
+        return await self.model_text.render(
+            plain(body.messages),
+            tools=plain(body.tools) if body.tool_choice != "none" else None,
             documents=body.documents,
             chat_template=body.chat_template,
             add_generation_prompt=body.add_generation_prompt,
@@ -79,108 +74,46 @@ class _Answer:
             template_options=options,
         )
 
-    def _parts_of(self, choice: Choice) -> ChatParts:
-        if choice.index not in self._parts:
-            body = self._body
-            names = [tool.function.name for tool in body.tools or []] if body.tool_choice != "none" else []
-            self._parts[choice.index] = ChatParts(
-                names,
-                self._call.config.tool_parser,
-                named=self._named,
-                whole=self._schema is not None,
-                parallel=body.parallel_tool_calls is not False,
-            )
-        return self._parts[choice.index]
+    async def choice_of(self, sequence: Sequence, piece: Piece, first: bool) -> dict[str, Any]:
+        self._readers[sequence.index].read(piece)
+        self._beside |= await self.of_prompt(sequence, piece, first)
+        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None} if first else {}
+        message |= {"content": piece.text, "tool_calls": [call.body() for call in piece.calls]}
+        return {"index": sequence.index, "message": message, **self._rest(piece), "stop_reason": piece.stop_reason}
 
-    # ---------------------------------------------------------------------------------------------------------- answers
+    def answer(self) -> dict[str, Any]:
+        for choice in self._choices.values():  # leave out empty calls, and blank text beside calls
+            message = choice["message"]
+            if not message["tool_calls"]:
+                del message["tool_calls"]
+            elif not message["content"].strip():
+                message["content"] = None
+        return super().answer()
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer as one body."""
-        await self._start()
-        found: dict[int, dict[str, Any]] = {}
-        extra: dict[str, Any] = {}
-        async for choice, piece in self._call.pieces():
-            part = self._parts_of(choice).add(piece)
-            one = found.setdefault(choice.index, self._empty(choice))
-            one["message"]["content"] += part.text
-            one["message"]["tool_calls"] += [call.body() for call in part.calls]
-            one |= {"finish_reason": part.finish_reason, "stop_reason": piece.stop_reason}
-            if one["logprobs"] is not None:
-                one["logprobs"]["content"] += self._logprobs(piece)["content"]
-            if self._body.return_token_ids:
-                one["token_ids"] += piece.tokens
-                extra["prompt_token_ids"] = list(choice.prompt)
-            if self._body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-                extra["prompt_logprobs"] = await prompt_logprobs_json(self._call.model_text, piece.prompt_logprobs)
-        choices = [_tidy(found[index]) for index in sorted(found)]
-        if self._body.metadata is not None:
-            extra["metadata"] = self._body.metadata
-        return self._body_of(choices, "chat.completion") | {"usage": self._call.usage().model_dump()} | extra
+    async def chunks_of(self, sequence: Sequence, piece: Piece, first: bool) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        if first:
+            begun = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            chunks.append(({"index": sequence.index, **begun}, await self.of_prompt(sequence, piece, first)))
+        self._readers[sequence.index].read(piece)
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.deltas:
+            delta["tool_calls"] = [new.body() for new in piece.deltas]
+        rest = self._rest(piece)
+        if not piece.tokens:
+            rest["logprobs"] = None
+        if delta or piece.finish_reason or rest["logprobs"] or self.body.return_token_ids:
+            stop = {"stop_reason": piece.stop_reason} if piece.finish_reason else {}
+            chunks.append(({"index": sequence.index, "delta": delta, **rest, **stop}, {}))
+        return chunks
 
-    def _empty(self, choice: Choice) -> dict[str, Any]:
-        one: dict[str, Any] = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": "", "refusal": None, "tool_calls": []},
-            "logprobs": {"content": [], "refusal": None} if self._body.logprobs else None,
-        }
-        return one | ({"token_ids": []} if self._body.return_token_ids else {})
+    def _rest(self, piece: Piece) -> dict[str, Any]:
+        """What a choice and a chunk's choice have alike."""
+        count = self.body.top_logprobs or 0
+        logprobs = chat_logprobs(self.model_text.tokens, piece, count) if self.body.logprobs else None
+        ids = {"token_ids": list(piece.tokens)} if self.body.return_token_ids else {}
+        return {"logprobs": logprobs, "finish_reason": piece.finish_reason, **ids}
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The answer as events."""
-        await self._start()
-        options = self._body.stream_options
-        counted = bool(options and options.continuous_usage_stats)
-        begun: set[int] = set()
-        async for choice, piece in self._call.pieces():
-            usage = {"usage": self._call.usage().model_dump()} if counted else {}
-            if choice.index not in begun:
-                begun.add(choice.index)
-                yield event(await self._first(choice, piece) | usage)
-            chunk = self._chunk(choice, piece)
-            if chunk is not None:
-                yield event(self._body_of([chunk], "chat.completion.chunk") | usage)
-        if options and options.include_usage:
-            yield event(self._body_of([], "chat.completion.chunk") | {"usage": self._call.usage().model_dump()})
-
-    async def _first(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
-        one = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
-        found = self._body_of([one], "chat.completion.chunk")
-        if self._body.return_token_ids:
-            found["prompt_token_ids"] = list(choice.prompt)
-        if self._body.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-            found["prompt_logprobs"] = await prompt_logprobs_json(self._call.model_text, piece.prompt_logprobs)
-        return found
-
-    def _chunk(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
-        part = self._parts_of(choice).add(piece)
-        delta: dict[str, Any] = {"content": part.text} if part.text else {}
-        if part.deltas:
-            delta["tool_calls"] = [new.body() for new in part.deltas]
-        logprobs = self._logprobs(piece) if self._body.logprobs and piece.tokens else None
-        if not (delta or part.finish_reason or logprobs or self._body.return_token_ids):
-            return None
-        one = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": part.finish_reason}
-        if part.finish_reason:
-            one["stop_reason"] = piece.stop_reason
-        if self._body.return_token_ids:
-            one["token_ids"] = list(piece.tokens)
-        return one
-
-    def _logprobs(self, piece: Piece) -> Any:
-        return chat_logprobs(self._call.model_text.tokens, piece, self._body.top_logprobs or 0)
-
-    def _body_of(self, choices: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-        call = self._call
-        body = {"id": call.id, "object": kind, "created": call.created, "model": call.model, "choices": choices}
-        return body | ({"service_tier": "default"} if self._body.service_tier else {})
-
-
-def _tidy(one: dict[str, Any]) -> dict[str, Any]:
-    """An answer without what it hasn't got: calls, or text beside calls."""
-    message = one["message"]
-    if not message["tool_calls"]:
-        del message["tool_calls"]
-    elif not message["content"].strip():
-        message["content"] = None
-    return one
+    def body_of(self, kind: str, choices: list[dict[str, Any]], counted: bool) -> dict[str, Any]:
+        tier = {"service_tier": "default"} if self.body.service_tier else {}
+        return super().body_of(kind, choices, counted) | tier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from hf_paged.server.errors import APIError
+from hf_paged.server.errors import check_model
 from hf_paged.server.protocol.common import ERRORS, ModelCard, ModelList
 
 router = APIRouter(tags=["OpenAI"])
@@ -19,10 +19,7 @@ async def models(request: Request) -> ModelList:
 @router.get("/v1/models/{name:path}", responses={401: ERRORS[401], 404: ERRORS[404]}, summary="One model")
 async def model(name: str, request: Request) -> ModelCard:
     """The model of that name."""
-    names = request.app.state.config.names
-    if name not in names:
-        message = f"the model {name!r} is not served; served are {', '.join(names)}"
-        raise APIError(404, message, param="model", code="model_not_found")
+    check_model(name, request.app.state.config.names)
     return _card(request, name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,22 +14,16 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hf_paged.server import heavy
-from hf_paged.server.errors import APIError
+from hf_paged.server.errors import APIError, ClientGone
 from hf_paged.server.generation import FEW, Call
 from hf_paged.server.messages import TokenLogprobs
-from hf_paged.server.text.logprobs import prompt_logprobs
+from hf_paged.server.text.logprobs import prompt_logprob
 from hf_paged.server.text.model_text import ModelText
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DONE = b"data: [DONE]\n\n"
-CLIENT_GONE = 499  # nginx's status for it; nobody reads it but the logs
 to_json = msgspec.json.Encoder().encode
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its answer."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -52,7 +46,7 @@ async def prompt_logprobs_json(text: ModelText, entries: Sequence[TokenLogprobs 
 
 
 def _prompt_logprobs(text: ModelText, entries: Sequence[TokenLogprobs | None]) -> msgspec.Raw:
-    return _joined([(prompt_logprobs(text.tokens, [entry]) or [None])[0] for entry in entries])
+    return _joined([prompt_logprob(text.tokens, entry) for entry in entries])
 
 
 def _joined(values: Sequence[Any]) -> msgspec.Raw:
@@ -60,56 +54,39 @@ def _joined(values: Sequence[Any]) -> msgspec.Raw:
     return msgspec.Raw(b"[" + b",".join(map(to_json, values)) + b"]")
 
 
-async def respond(
-    request: Request,
-    call: Call,
-    stream: bool,
-    events: Callable[[], AsyncGenerator[bytes, None]],
-    answer: Callable[[], Coroutine[Any, Any, Any]],
-    *,
-    done: bytes = DONE,
-) -> Response:
+async def respond(request: Request, call: Call) -> Response:
     """Answer a call, and close it when that is done.
 
     A stream begins with its first event, so that what fails before has a status of its own.
-
-    Args:
-        events: makes the events of a streamed answer.
-        answer: makes the body of another one.
-        done: ends a stream.
     """
+    call.open()
     handed_on = False
     try:
-        if not stream:
-            found = await unless_gone(request, answer())
-            many = len(call.choices) > FEW or sum(choice.tokens for choice in call.choices) > heavy.MANY
+        if not call.body.stream:
+            found = await unless_gone(request.receive, call.whole())
+            tokens = sum(sequence.text.num_tokens for sequence in call.sequences)
+            many = len(call.sequences) > FEW or tokens > heavy.MANY
             return Response(await heavy.run_if(many, whole_json, found), media_type="application/json")
-        source = events()
+        source = call.events()
         try:
-            first = await unless_gone(request, _first(source))
+            first = await unless_gone(request.receive, anext(source))
         except BaseException:
             await source.aclose()
             raise
         handed_on = True
-        return EventStream(call, first, source, done)
-    except ClientGone:
-        return Response(status_code=CLIENT_GONE)
+        return _EventStream(call, first, source)
     finally:
         if not handed_on:
             await call.close()
 
 
-async def _first(source: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(source)
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client leaves.
 
     Raises:
         ClientGone: it left.
     """
-    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -126,37 +103,33 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class _EventStream(Response):
     """Server-sent events. When the client leaves, or the source fails, the call is closed.
 
     Args:
         call: closed at the end, however that comes.
         first: the first event.
         source: the others.
-        done: sent after the last one.
     """
 
-    def __init__(self, call: Call, first: bytes, source: AsyncGenerator[bytes, None], done: bytes) -> None:
+    def __init__(self, call: Call, first: bytes, source: AsyncGenerator[bytes, None]) -> None:
         self.status_code, self.background = 200, None
         self.media_type = "text/event-stream"
         self.charset = "utf-8"
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._call, self._first, self._source, self._done = call, first, source, done
+        self._call, self._first, self._source = call, first, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        pump, leaving = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait({pump, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await unless_gone(receive, self._pump(send))
+        except ClientGone:
+            pass
+        except Exception as error:
+            logger.debug("a stream broke off: %r", error)
         finally:
-            for task in (pump, leaving):
-                task.cancel()
-            await asyncio.gather(pump, leaving, return_exceptions=True)
             with contextlib.suppress(RuntimeError):
                 await self._source.aclose()
             await self._call.close()
-        if pump.done() and not pump.cancelled() and pump.exception() is not None:
-            logger.debug("a stream broke off: %r", pump.exception())
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -164,14 +137,14 @@ class EventStream(Response):
         try:
             async for data in self._source:
                 await _send(send, data)
-            end = self._done
+            end = self._call.done
         except APIError as error:
-            end = event(error.body) + self._done
+            end = event(error.body) + self._call.done
         except OSError:
             raise
         except Exception:
             logger.exception("a stream failed", extra={"request_id": self._call.client_id})
-            end = event(APIError(500, "internal error; see the server's logs").body) + self._done
+            end = event(APIError(500, "internal error; see the server's logs").body) + self._call.done
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
 

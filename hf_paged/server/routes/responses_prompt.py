@@ -1,12 +1,11 @@
-"""The input of a call of /v1/responses -> messages of a conversation, and the prompt that they become."""
+"""The input of a call of /v1/responses -> messages of a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from hf_paged.server.errors import invalid
-from hf_paged.server.protocol.chat import Tool
 from hf_paged.server.protocol.responses import (
     InputCall,
     InputCallOutput,
@@ -15,34 +14,19 @@ from hf_paged.server.protocol.responses import (
     InputText,
     ResponsesRequest,
 )
-from hf_paged.server.routes.chat_prompt import known_options
-from hf_paged.server.text.model_text import ModelText
 
 
-async def prompt_of(body: ResponsesRequest, tools: Sequence[Tool], model_text: ModelText) -> str:
-    """The prompt's text: what the chat template makes of the input, and of the tools that may be called.
-
-    Raises:
-        APIError: 400, there is no input, or the template refuses it.
-    """
-    return await model_text.render(
-        _later(body),
-        tools=(tool.model_dump(exclude_none=True) for tool in tools) if body.tool_choice != "none" else None,
-        template_options=known_options(
-            model_text.chat_template,
-            reasoning_effort=body.reasoning.effort if body.reasoning else None,
-            verbosity=body.text.verbosity if body.text else None,
-        ),
-        param="input",
-    )
-
-
-def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """Instructions and input as messages. What the model thought goes to the answer that follows.
+def messages_of(body: ResponsesRequest) -> Iterator[dict[str, Any]]:
+    """Instructions and input as messages, made where they are gone through.
 
     Raises:
         APIError: 400, the input is empty.
     """
+    yield from _messages(body)
+
+
+def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """The messages. What the model thought goes to the answer that follows."""
     found = [{"role": "system", "content": body.instructions}] if body.instructions else []
     if isinstance(body.input, str):
         return [*found, {"role": "user", "content": body.input}]
@@ -59,11 +43,6 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
             found[-1]["reasoning_content"] = f"{before}\n{thoughts}" if before else thoughts
         thoughts = None
     return found
-
-
-def _later(body: ResponsesRequest) -> Iterator[dict[str, Any]]:
-    """The messages, made where they are gone through."""
-    yield from messages_of(body)
 
 
 def _add(messages: list[dict[str, Any]], item: InputMessage | InputCall | InputCallOutput) -> None:

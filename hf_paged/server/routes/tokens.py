@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,11 +9,11 @@ from fastapi.responses import Response
 
 from hf_paged.server import heavy
 from hf_paged.server.bodies import BodyRoute
-from hf_paged.server.errors import APIError, invalid
+from hf_paged.server.errors import check_model, check_vocabulary, invalid
 from hf_paged.server.protocol.common import ERRORS
 from hf_paged.server.protocol.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from hf_paged.server.routes.chat_prompt import plain
-from hf_paged.server.routes.respond import CLIENT_GONE, ClientGone, to_json, unless_gone
+from hf_paged.server.routes.prompts import plain
+from hf_paged.server.routes.respond import to_json, unless_gone
 from hf_paged.server.text.model_text import MOST_TOKENS, ModelText
 
 router = APIRouter(route_class=BodyRoute, tags=["tokens"])
@@ -24,22 +23,20 @@ _ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in
 @router.post("/tokenize", response_model=TokenizeResponse, responses=_ERRORS, summary="Text or a conversation to ids")
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids that a prompt, or a conversation under the chat template, becomes."""
-    _check_model(request, body.model)
-    return await _answered(request, _ids_of(body, request))
+    check_model(body.model, request.app.state.config.names)
+    return Response(await unless_gone(request.receive, _ids_of(body, request)), media_type="application/json")
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse, responses=_ERRORS, summary="Ids to text")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of ids, special tokens included."""
     text: ModelText = request.app.state.text
-    _check_model(request, body.model)
-    size, most = len(text.tokenizer), _most(request)
+    check_model(body.model, request.app.state.config.names)
+    most = _most(request)
     if len(body.tokens) > most:
         raise invalid(f"{len(body.tokens)} tokens are more than the {most} that a call may have", "tokens")
-    if body.tokens and max(body.tokens) >= size:
-        wrong = next(token for token in body.tokens if token >= size)
-        raise invalid(f"token id {wrong} is outside the vocabulary (0 to {size - 1})", "tokens")
-    return await _answered(request, _text_of(body, text))
+    check_vocabulary(body.tokens, len(text.tokenizer), "tokens")
+    return Response(await unless_gone(request.receive, _text_of(body, text)), media_type="application/json")
 
 
 async def _ids_of(body: TokenizeRequest, request: Request) -> bytes:
@@ -48,8 +45,8 @@ async def _ids_of(body: TokenizeRequest, request: Request) -> bytes:
         prompt, special = body.prompt, body.add_special_tokens is not False
     else:
         prompt = await text.render(
-            map(plain, body.messages or []),
-            tools=(tool.model_dump(exclude_none=True) for tool in body.tools or []),
+            plain(body.messages),
+            tools=plain(body.tools),
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_options=body.chat_template_kwargs,
@@ -71,22 +68,7 @@ async def _text_of(body: DetokenizeRequest, text: ModelText) -> bytes:
     return to_json({"prompt": await text.decode(body.tokens)})
 
 
-async def _answered(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
-    """The answer that `work` makes, unless the client leaves; then the work ends."""
-    try:
-        return Response(await unless_gone(request, work), media_type="application/json")
-    except ClientGone:
-        return Response(status_code=CLIENT_GONE)
-
-
 def _most(request: Request) -> int:
     """Tokens that a text may have: more than the model takes, for who wants to know how many there are."""
     info = request.app.state.engine.info
     return max(MOST_TOKENS, 0 if info is None else info.longest)
-
-
-def _check_model(request: Request, name: str | None) -> None:
-    names = request.app.state.config.names
-    if name is not None and name not in names:
-        message = f"the model {name!r} is not served; served are {', '.join(names)}"
-        raise APIError(404, message, param="model", code="model_not_found")

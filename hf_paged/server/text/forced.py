@@ -54,7 +54,7 @@ class NamedCall:
 
 
 _NAME = re.compile(r'\s*(?:\[|\}\s*,)\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")')  # of the first call, or the next one
-_LONGEST = 2048  # characters of the text before a call's arguments; what is still none of it then, will be none
+_LONGEST = 2048  # limit on the text before a call's arguments, in characters; a longer one is not a call
 _KEY = re.compile(r'\s*,\s*"(?:parameters|arguments)"\s*:\s*(?=\S)')
 
 
@@ -73,7 +73,7 @@ class CallList:
         self._names = names
         self._most = most
         self._text = ""  # not parsed yet
-        self._in_vain = 0  # characters of it that neither a name nor a key was found in
+        self._in_vain = 0  # length of the text when the last search found nothing
         self._count = 0
         self._call: ParsedCall | None = None  # the one that is being written
         self._value: _JSONValue | None = None  # its arguments, once they begin
@@ -187,5 +187,5 @@ def _string(text: str) -> Any:
     """What a JSON string says, or None: it is none."""
     try:
         return json.loads(text)
-    except ValueError:  # it has no brackets to be too deep with
+    except ValueError:  # no RecursionError: a string has no brackets
         return None

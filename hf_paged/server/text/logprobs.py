@@ -74,16 +74,10 @@ def _shown(name: str, value: float, piece: bytes) -> dict[str, Any]:
     return {"token": name, "logprob": finite(value), "bytes": list(piece)}
 
 
-def prompt_logprobs(
-    texts: TokenTexts, entries: Sequence[TokenLogprobs | None] | None
-) -> list[dict[str, Any] | None] | None:
-    """The `prompt_logprobs` of vLLM's answers: for each prompt token id -> its log-probability, rank and text."""
-    if entries is None:
+def prompt_logprob(texts: TokenTexts, entry: TokenLogprobs | None) -> dict[str, Any] | None:
+    """A position of the `prompt_logprobs` of vLLM's answers: token id -> its log-probability, rank and text."""
+    if entry is None:
         return None
-    return [None if entry is None else _by_id(texts, entry) for entry in entries]
-
-
-def _by_id(texts: TokenTexts, entry: TokenLogprobs) -> dict[str, Any]:
     return {
         str(token): {"logprob": finite(value), "rank": rank, "decoded_token": texts.name(token)}
         for token, value, rank in zip(entry.ids, entry.logprobs, entry.ranks, strict=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_paged.errors import ConfigError, InvalidRequestError
 from hf_paged.hf.load import load_tokenizer
+from hf_paged.server import heavy
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.errors import APIError, invalid
 from hf_paged.server.pace import Pace, bounded
@@ -20,15 +19,13 @@ from hf_paged.text.bad_words import banned_ids
 from hf_paged.text.templates import render
 from hf_paged.text.tokens import TokenTexts
 
-T = TypeVar("T")
-
 THREADS = 4
-LONG_THREADS = 1  # long steps of C, which let no other thread run, come one after the other: see `heavy`
-LONG = 2**18  # characters of a text that has to leave the other threads to shorter ones
-MOST_WAITING = 2**26  # characters that wait to be tokenised, or are; a single text may be longer
-CHARACTERS_A_SECOND = 1_000_000  # that are tokenised, until it is measured
-MOST_TOKENS = 2**18  # ids that a text may become, or that may become a text, where the model takes fewer
-PIECE = 50_000  # characters that are tokenised at a time to see whether a text is too long; ids of a short text
+LONG_THREADS = 1  # only one: long calls into C hold the GIL; see `heavy`
+LONG = 2**18  # characters; longer texts use the long threads, so that shorter ones do not wait for them
+MOST_WAITING = 2**26  # limit on the characters that wait or are tokenised; a single text may be longer
+CHARACTERS_A_SECOND = 1_000_000  # assumed speed of tokenising, until it is measured
+MOST_TOKENS = 2**18  # limit on the tokens of a text where the model's context is none
+PIECE = 50_000  # characters tokenised at a time while a text may be too long; also the most ids of a short text
 SEAM = 8  # tokens that cutting a text may add at a seam
 
 
@@ -51,7 +48,7 @@ class ModelText:
         self.tokenizer = tokenizer
         own = tokenizer.chat_template
         self.chat_template = chat_template or (own if isinstance(own, str) else None)
-        self._several = isinstance(own, dict)  # the tokenizer chooses by whether there are tools
+        self._several = isinstance(own, dict)  # the tokenizer chooses one, by whether there are tools
         self.tokens = TokenTexts(tokenizer)
         self._request_templates = RequestTemplates(tokenizer)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
@@ -72,16 +69,6 @@ class ModelText:
         except (OSError, ValueError) as error:
             raise ConfigError(f"the tokenizer of {name!r} can't be loaded: {error}") from error
         return cls(tokenizer, _template(config.chat_template))
-
-    @property
-    def eos(self) -> frozenset[int]:
-        """The tokenizer's id for the end of a sequence; the model may know more."""
-        return frozenset(i for i in [self.tokenizer.eos_token_id] if i is not None)
-
-    async def run(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call a function in a thread. It is not begun if the caller is cancelled before."""
-        call = functools.partial(function, *arguments, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def close(self) -> None:
         """End the threads."""
@@ -109,11 +96,10 @@ class ModelText:
             raise APIError(429, message, param=param, code="queue_full", retry_after=bounded(after))
         threads = self._threads if len(text) <= LONG else self._long_threads
         gone = threading.Event()
-        call = functools.partial(self._encode, text, special, most, gone)
         self._characters += len(text)
         self._pace.watch(True)
         try:
-            ids = await asyncio.get_running_loop().run_in_executor(threads, call)
+            ids = await heavy.run(self._encode, text, special, most, gone, threads=threads)
             self._pace.done(len(text))
             return ids
         except _TooLong as error:
@@ -145,15 +131,14 @@ class ModelText:
             APIError: 400, the tokenizer has no tokens for one.
         """
         try:
-            return await self.run(banned_ids, self.tokenizer, words)
+            return await heavy.run(banned_ids, self.tokenizer, words, threads=self._threads)
         except InvalidRequestError as error:
             raise invalid(str(error), "bad_words") from error
 
     async def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of ids."""
-        call = functools.partial(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special)
         threads = self._threads if len(ids) <= PIECE else self._long_threads
-        return await asyncio.get_running_loop().run_in_executor(threads, call)
+        return await heavy.run(self.tokenizer.decode, list(ids), skip_special_tokens=skip_special, threads=threads)
 
     async def render(
         self,
@@ -212,7 +197,7 @@ class ModelText:
         def work() -> str:
             return render(self.tokenizer, list(messages), tools=None if tools is None else list(tools), **given)
 
-        return await self.run(work)
+        return await heavy.run(work, threads=self._threads)
 
 
 def too_long(count: int | str, most: int, param: str, output: int = 0, fault: str | None = None) -> APIError:

@@ -6,8 +6,6 @@ texts of gigabytes.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import logging
 import threading
 import time
@@ -20,16 +18,17 @@ import msgspec
 
 from hf_paged.disposable import Ended, NotStarted, Pool
 from hf_paged.errors import ConfigError, InvalidRequestError
+from hf_paged.server import heavy
 from hf_paged.server.errors import APIError, invalid
 
 logger = logging.getLogger(__name__)
 
 PARAM = "chat_template"
-SECONDS = 5.0  # that a template may take to render
-MEMORY = 2**30  # bytes of address space that a process may take; it starts with a sixth of it
-CHARACTERS = 2**24  # that a template may become
-PROCESSES = 2  # templates that are rendered at a time
-WAIT = 30.0  # seconds after which a call that other calls' templates keep waiting is refused when its turn comes
+SECONDS = 5.0  # limit on rendering one template
+MEMORY = 2**30  # limit on the address space of a process, in bytes; a new process uses a sixth of it
+CHARACTERS = 2**24  # limit on the length of the rendered text
+PROCESSES = 2  # templates rendered at the same time
+WAIT = 30.0  # seconds; a call that waited longer for a free process is refused
 _PROGRAM = Path(__file__).with_name("template_program.py")
 
 
@@ -61,9 +60,9 @@ class RequestTemplates:
                 can be started.
         """
         cancelled = threading.Event()
-        work = functools.partial(self._render, messages, tools, given, time.monotonic() + WAIT, cancelled)
+        until = time.monotonic() + WAIT
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await heavy.run(self._render, messages, tools, given, until, cancelled, threads=self._threads)
         finally:
             cancelled.set()
 

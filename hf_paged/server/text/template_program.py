@@ -21,7 +21,7 @@ def answerer(first: bytes) -> Callable[[bytes], bytes]:
     given = msgspec.msgpack.decode(first)
 
     def answer(frame: bytes) -> bytes:
-        # A tokenizer for each call: what `render` remembers of a template goes with it.
+        # A new tokenizer for each call: `render` caches what it knows of a template with the tokenizer.
         tokenizer = TemplateTokenizer(given["special_tokens"])
         outcome, text = _outcome(tokenizer, msgspec.msgpack.decode(frame))
         if len(text) > given["most"]:

@@ -16,11 +16,13 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
+from hf_paged.text.output import overlap
+
 BEGIN, END = "<tool_call>", "</tool_call>"
 _MARKS = ("<|python_tag|>", "[TOOL_CALLS]")
 _BETWEEN = re.compile(r"[\s;,]*")
 _decoder = json.JSONDecoder()
-_NO_JSON = (ValueError, RecursionError)  # what a decoder raises; the second for brackets without end
+_NO_JSON = (ValueError, RecursionError)  # what a JSON decoder raises; RecursionError for deep nesting
 
 
 @dataclasses.dataclass
@@ -55,9 +57,9 @@ class ToolParser:
         self._json = form in ("auto", "json") and bool(names)
         self._text = ""  # neither shown nor parsed yet
         self._shown = False
-        self._blank = 0  # characters of white space that the text begins with, as far as is known
-        self._held = False  # the text begins like JSON, so that all of it is kept to its end
-        self._searched = 0  # characters of the text in which a call's end was looked for in vain
+        self._blank = 0  # leading white space counted so far, in characters
+        self._held = False  # the text begins like JSON: nothing is shown before its end
+        self._searched = 0  # characters already searched for a call's end
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[ParsedCall]]:
         """What of the text so far is to be shown now, and the calls that are complete; `last`: no more comes."""
@@ -103,7 +105,7 @@ class ToolParser:
             calls += [call] if call else []
             done = after
         if begin < 0:
-            begin = max(done, len(text) - (0 if last else _overlap(text, BEGIN)))
+            begin = max(done, len(text) - (0 if last else overlap(text, (BEGIN,))))
         shown.append(text[done:begin])
         self._text = text[begin:]
         self._searched = max(0, len(self._text) - len(END))
@@ -146,10 +148,5 @@ class ToolParser:
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         except RecursionError:
             return None
-        # Half of a surrogate pair can be written in JSON, but only there.
+        # JSON can hold half of a surrogate pair as an escape; UTF-8 can't.
         return ParsedCall(value["name"], text.encode("utf-8", "backslashreplace").decode())
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of `text` that `mark` may begin with."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
