@@ -21,7 +21,7 @@ from hf_paged.hf.patch import PatchedModel, paged, patch, unpatch
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
 from hf_paged.params import SamplingParams, StructuredOutputs
-from hf_paged.types import CompletionOutput, Logprob, Reject, RequestOutput
+from hf_paged.request import CompletionOutput, Logprob, Reject, RequestOutput
 
 __all__ = [
     "LLM",

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from hf_paged.batch import CacheSpec
 from hf_paged.config import PagedConfig
 from hf_paged.protocols import AttentionBackend, CachePolicy, Constraint, LogitsProcessor, StepObserver
-from hf_paged.types import CacheSpec, EngineInfo, Reject, Request, RequestOutput
+from hf_paged.request import Reject, Request, RequestOutput
+from hf_paged.stats import EngineInfo
 
 if TYPE_CHECKING:
     import torch

@@ -25,13 +25,14 @@ from hf_paged.hf.memory import step_bytes
 from hf_paged.hf.spec import unwrap
 from hf_paged.llm_requests import Carried, Progress, carry, params_for_each, priority_for_each
 from hf_paged.params import SamplingParams, is_integer
+from hf_paged.request import RequestOutput
+from hf_paged.stats import CacheStats
 from hf_paged.text.bad_words import banned_ids
 from hf_paged.text.defaults import default_params, end_ids
 from hf_paged.text.messages import conversations_in
 from hf_paged.text.prompts import as_list, check_text, read_prompt
 from hf_paged.text.templates import render
 from hf_paged.text.tokens import TokenTexts
-from hf_paged.types import CacheStats, RequestOutput
 
 Prompt = str | Sequence[int] | np.ndarray | torch.Tensor | Mapping[str, Any]
 Message = Mapping[str, Any]

@@ -16,10 +16,10 @@ from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import ConfigError, EngineClosedError, RequestAbortedError, RequestFailedError, first_line
 from hf_paged.hf import notices
 from hf_paged.params import SamplingParams, is_integer
+from hf_paged.request import CompletionOutput, Logprob, Request, RequestOutput
 from hf_paged.text.output import OutputText
 from hf_paged.text.prompts import ReadPrompt
 from hf_paged.text.tokens import TokenTexts
-from hf_paged.types import CompletionOutput, Logprob, Request, RequestOutput
 
 _numbers = itertools.count()
 

@@ -18,12 +18,14 @@ from typing import Any
 import pluggy
 
 from hf_paged import hookspecs
+from hf_paged.batch import CacheSpec
 from hf_paged.config import PagedConfig
 from hf_paged.engine.blocks import LRUPolicy
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
 from hf_paged.errors import ConfigError, HFPagedError, PluginError
 from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, StepObserver
-from hf_paged.types import CacheSpec, Request, StepStats
+from hf_paged.request import Request
+from hf_paged.stats import StepStats
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Who acts on the data of `types`: the protocols between the engine and its model, its backend and its plugins.
+"""The protocols between the engine and its model, its backend and its plugins.
 
 An object fits a protocol when it has its attributes and methods; it need not derive from it. What the engine calls, it
 calls from the thread that steps it, and at one of these paces:
@@ -11,8 +11,8 @@ calls from the thread that steps it, and at one of these paces:
 - once a layer: `LayerPlan.run`, `RotaryPlan.run_rotary`, `Kernels`
 - once for each block freed: `CachePolicy`
 
-None of the others is called once a token. Data is in `types`, and with it what a request carries: `TokenSampler` and
-`Constraint`. It imports nothing of this.
+None of the others is called once a token. The data that they act on is in `request`, `batch` and
+`stats`, which import nothing of this; what a request carries, `TokenSampler` and `Constraint`, is in `request`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from hf_paged.types import Batch, CacheSpec, Request, StepStats
-from hf_paged.types import Constraint as Constraint
-from hf_paged.types import TokenSampler as TokenSampler
+from hf_paged.batch import Batch, CacheSpec
+from hf_paged.request import Constraint as Constraint
+from hf_paged.request import Request
+from hf_paged.request import TokenSampler as TokenSampler
+from hf_paged.stats import StepStats
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ import hf_paged
 import zoo
 from hf_paged import PatchedModel
 from hf_paged.hf.prepare import STOCK_GENERATE
-from hf_paged.types import CacheStats
+from hf_paged.stats import CacheStats
 
 RELEASE = Version(transformers.__version__)
 OLD = Version("5.20") > RELEASE

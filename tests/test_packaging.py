@@ -13,13 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from hf_paged import plugins
+from hf_paged import batch, plugins, request, stats, types
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module imports from its own floor and those below.
 FLOORS = (
-    {"_version", "disposable", "errors", "forks", "params", "protocols", "strict_json", "types"},
+    {
+        "_version",
+        "batch",
+        "disposable",
+        "errors",
+        "forks",
+        "params",
+        "protocols",
+        "request",
+        "stats",
+        "strict_json",
+        "types",
+    },
     {"config", "hookspecs", "ledger"},
     {"engine", "plugins", "text"},
     {"hf"},
@@ -30,7 +42,8 @@ FLOORS = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # The one part of hf_paged that may import a library. Kernels are the plugins', and measured by the benchmarks.
 IMPORTER = {"accelerate": "hf", "peft": "hf", "transformers": "hf", "fastapi": "server", "hf_paged_kernels": "bench"}
-PUBLIC_MODULES = {f"hf_paged.{name}" for name in ("config", "disposable", "errors", "params", "protocols", "types")}
+PUBLIC = ("batch", "config", "disposable", "errors", "params", "protocols", "request", "stats", "types")
+PUBLIC_MODULES = {f"hf_paged.{name}" for name in PUBLIC}
 
 
 # ------------------------------------------------------------------------------------------------------------- imports
@@ -132,6 +145,11 @@ def test_plugins_import_public_names_alone(path):
         if name.split(".")[0] == "hf_paged":
             module = ".".join(name.split(".")[:2])
             assert part_of(name) == "hf_paged" or module in PUBLIC_MODULES, f"{name} is internal"
+
+
+def test_the_names_that_types_had_are_still_found_there():
+    for name in types.__all__:
+        assert any(getattr(module, name, None) is getattr(types, name) for module in (batch, request, stats))
 
 
 @pytest.mark.parametrize("name", ["hf_paged.engine.blocks", "hf_paged.engine.scheduler"])

@@ -19,7 +19,7 @@ from hf_paged.bench import models, report
 from hf_paged.bench.workloads import greedy
 from hf_paged.errors import ConfigError
 from hf_paged.llm import LLM
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 
 def add_parser(subparsers: Any) -> None:

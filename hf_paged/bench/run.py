@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_paged.types import CacheStats
+from hf_paged.stats import CacheStats
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hf_paged.bench.workloads import greedy
 from hf_paged.engine.engine import Engine
 from hf_paged.hf.load import model_for, pick_device
 from hf_paged.llm import LLM
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 PROMPTS, LONGEST_PROMPT, LONGEST_OUTPUT = 64, 96, 48
 SAMPLES = 20  # of memory

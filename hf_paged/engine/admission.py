@@ -7,7 +7,7 @@ from collections.abc import Collection
 from hf_paged.engine.pool import Pool
 from hf_paged.errors import InvalidRequestError
 from hf_paged.protocols import PagedModel
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 
 def check(request: Request, model: PagedModel, max_model_len: int | None, pool: Pool) -> None:

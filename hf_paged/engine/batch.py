@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from hf_paged.batch import Batch, Layout, Scheduled, Step
 from hf_paged.engine.in_flight import InFlightStep
 from hf_paged.engine.staging import Staging
-from hf_paged.types import Batch, Layout, Scheduled, Step
 
 WIDTH_STEP = 16  # so that every row of a table begins where loads of 16 bytes may
 

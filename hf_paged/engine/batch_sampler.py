@@ -14,7 +14,7 @@ import torch
 from hf_paged.engine.staging import Staging
 from hf_paged.params import SamplingParams
 from hf_paged.protocols import SamplingKernels
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 NO_TOKEN = -1  # of a request for which no token may be drawn
 

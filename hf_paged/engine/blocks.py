@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from hf_paged.batch import NULL_BLOCK
 from hf_paged.protocols import CachePolicy
-from hf_paged.types import NULL_BLOCK
 
 
 class LRUPolicy:

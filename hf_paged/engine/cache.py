@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.batch import CacheSpec
 from hf_paged.protocols import AttentionBackend
-from hf_paged.types import CacheSpec
 
 
 class PagedKVCache:

@@ -21,7 +21,8 @@ from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.engine.staging import on_device
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
 from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, PagedModel, StepObserver
-from hf_paged.types import CacheStats, Reject, Request
+from hf_paged.request import Reject, Request
+from hf_paged.stats import CacheStats
 
 
 class Engine:

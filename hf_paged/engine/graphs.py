@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from hf_paged.batch import Batch, Layout, Step
 from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import leading_decode_rows
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.errors import is_out_of_memory
 from hf_paged.forks import renewed_after_fork
 from hf_paged.protocols import AttentionBackend, PagedModel
-from hf_paged.types import Batch, Layout, Step
 
 logger = logging.getLogger(__name__)
 # Engines share the stream: a capture would record what another engine launches.

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from hf_paged.types import Request, Scheduled, Step
+from hf_paged.batch import Scheduled, Step
+from hf_paged.request import Request
 
 
 @dataclasses.dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_paged.types import Logprob, Request, Scheduled
+from hf_paged.batch import Scheduled
+from hf_paged.request import Logprob, Request
 
 
 def top_logprobs(logits: torch.Tensor, token: int, count: int) -> dict[int, Logprob]:

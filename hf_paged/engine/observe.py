@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hf_paged.engine.in_flight import InFlightStep
 from hf_paged.engine.tables import BlockTables
 from hf_paged.protocols import StepObserver
-from hf_paged.types import StepStats
+from hf_paged.stats import StepStats
 
 
 class Observers:

@@ -12,7 +12,7 @@ from hf_paged.engine.in_flight import InFlightStep
 from hf_paged.engine.logprobs import add_output_logprobs, add_prompt_logprobs
 from hf_paged.engine.scheduler import FCFSScheduler
 from hf_paged.errors import InvalidRequestError
-from hf_paged.types import FinishReason, Request, Sampled
+from hf_paged.request import FinishReason, Request, Sampled
 
 
 class Outputs:

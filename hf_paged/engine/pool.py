@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from hf_paged.batch import CacheSpec
 from hf_paged.config import PagedConfig
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.tables import BlockTables
 from hf_paged.errors import ConfigError, InvalidRequestError
 from hf_paged.protocols import AttentionBackend, CachePolicy
-from hf_paged.types import CacheSpec, CacheStats, Request
+from hf_paged.request import Request
+from hf_paged.stats import CacheStats
 
 logger = logging.getLogger(__name__)
 

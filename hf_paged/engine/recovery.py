@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_paged.batch import Step
 from hf_paged.errors import InvalidRequestError, is_out_of_memory
-from hf_paged.types import Step
 
 if TYPE_CHECKING:
     from hf_paged.engine.engine import Engine

@@ -13,10 +13,10 @@ from typing import cast
 
 import torch
 
+from hf_paged.batch import NULL_BLOCK, CacheSpec
 from hf_paged.engine.blocks import BlockPool
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.protocols import AttentionBackend
-from hf_paged.types import NULL_BLOCK, CacheSpec
 
 GROWTH = 1.5  # growing copies
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from hf_paged.batch import Batch, Layout, Step
 from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import idle_batch, wants_prompt_logprobs
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.graphs import Graphs
 from hf_paged.protocols import AttentionBackend, PagedModel
-from hf_paged.types import Batch, Layout, Step
 
 WIDEST_TABLE = 65_536  # blocks; graphs keep a table of this width for each row
 

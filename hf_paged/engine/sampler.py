@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hf_paged.batch import Batch
 from hf_paged.engine.batch_sampler import BatchSampler, needs_history
 from hf_paged.engine.graphs import decode_sizes
 from hf_paged.engine.in_flight import InFlightStep, SampledTokens
 from hf_paged.protocols import LogitsProcessor, PagedModel, TokenSampler
-from hf_paged.types import Batch, Request, Sampled
+from hf_paged.request import Request, Sampled
 
 Choice = tuple[list[Request], torch.Tensor, "Sampled | BaseException"]
 

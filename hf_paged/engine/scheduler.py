@@ -6,8 +6,9 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+from hf_paged.batch import Scheduled, Step
 from hf_paged.engine.tables import BlockTables
-from hf_paged.types import Request, Scheduled, Status, Step
+from hf_paged.request import Request, Status
 
 LEVEL = 60 * 10**9  # nanoseconds of waiting that one level of priority is worth
 

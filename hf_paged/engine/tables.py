@@ -7,9 +7,10 @@ import itertools
 from array import array
 from collections.abc import Sequence
 
+from hf_paged.batch import NULL_BLOCK
 from hf_paged.engine.blocks import BlockPool
 from hf_paged.protocols import CachePolicy
-from hf_paged.types import NULL_BLOCK, Request
+from hf_paged.request import Request
 
 
 class BlockTables:

@@ -20,7 +20,7 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.staging import recorded
 from hf_paged.errors import UnsupportedCallError
 from hf_paged.forks import after_fork
-from hf_paged.types import Request, Status
+from hf_paged.request import Request, Status
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,7 @@ class EngineThread:
         reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def message() -> None:
+            outcome: tuple[Any, BaseException | None]
             try:
                 outcome = work(), None
             except BaseException as error:

@@ -20,11 +20,11 @@ from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_paged.batch import LayerSpec
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.forks import after_fork, renewed_after_fork
 from hf_paged.ledger import Ledger
 from hf_paged.protocols import LayerPlan, RotaryPlan
-from hf_paged.types import LayerSpec
 
 NAME = "hf_paged"
 

@@ -17,7 +17,8 @@ from hf_paged.errors import ConfigError
 from hf_paged.hf.adopt import adopt
 from hf_paged.hf.fusion.fusion import Fusion, release
 from hf_paged.hf.spec import flat_model
-from hf_paged.types import CompletionOutput, EngineInfo, Reject, Request, RequestOutput
+from hf_paged.request import CompletionOutput, Reject, Request, RequestOutput
+from hf_paged.stats import EngineInfo
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ from hf_paged.forks import after_fork
 from hf_paged.hf.build import Built, build
 from hf_paged.hf.spec import check_mode
 from hf_paged.hf.weights import structure
-from hf_paged.types import CacheStats
+from hf_paged.stats import CacheStats
 
 Autocast = tuple[str, bool, torch.dtype]  # device type, whether it is on, and to what
 Key = tuple[Autocast, Hashable]  # with the structure

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from hf_paged.batch import CacheSpec
 from hf_paged.config import PagedConfig
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf import seam
 from hf_paged.hf.handle import PatchedModel, patched
 from hf_paged.hf.prepare import SeamBroken
 from hf_paged.hf.spec import unwrap
-from hf_paged.types import CacheSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hf_paged.hf.replay import ReplayedCache
 from hf_paged.hf.rowwise import RowwiseSampler, is_plain, is_rowwise
 from hf_paged.params import SamplingParams
 from hf_paged.protocols import TokenSampler
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 _ids = itertools.count()
 

@@ -30,7 +30,7 @@ from hf_paged.hf.engines import ModelEngines, looking
 from hf_paged.hf.notices import is_quiet, quiet, warn, warn_loudly
 from hf_paged.hf.prepare import STOCK_GENERATE, Prepared, SeamBroken, Unsupported, bind, check, hand_over, read
 from hf_paged.ledger import Ledger
-from hf_paged.types import CacheStats
+from hf_paged.stats import CacheStats
 
 lock = renewed_after_fork(threading.RLock())  # guards which models are patched; no engine is waited for under it
 

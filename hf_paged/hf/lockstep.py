@@ -14,7 +14,7 @@ import torch
 from hf_paged.engine.staging import recorded
 from hf_paged.engine.thread import EngineThread, raise_errors
 from hf_paged.hf.prepare import Prepared
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 
 class Handoff:

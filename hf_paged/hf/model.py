@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_paged.batch import Batch, CacheSpec
 from hf_paged.errors import UnsupportedModelError
 from hf_paged.hf.attention import PagedStep, SeenLayer, stepping, switched
 from hf_paged.hf.eager import eager
@@ -18,7 +19,6 @@ from hf_paged.hf.fusion.fusion import Fusion
 from hf_paged.hf.invariant import InvariantOps, trusted
 from hf_paged.hf.weights import WeightWatch, modules_of
 from hf_paged.protocols import LayerPlan
-from hf_paged.types import Batch, CacheSpec
 
 
 class FlatModel:

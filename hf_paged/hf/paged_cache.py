@@ -15,11 +15,11 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_paged.batch import CacheSpec, LayerSpec
 from hf_paged.config import PagedConfig
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.rows import Pages, Rows
 from hf_paged.hf.spec import unwrap
-from hf_paged.types import CacheSpec, LayerSpec
 
 # The rows of each group of layers: those with the same window and device share their tables.
 Groups: TypeAlias = dict[tuple[int | None, torch.device], Rows]

@@ -12,7 +12,7 @@ from transformers.generation import logits_process, stopping_criteria
 from hf_paged.hf.compat import classes
 from hf_paged.hf.noise import CallNoise
 from hf_paged.hf.prepare import Prepared
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 _PROCESSORS = (
     "EpsilonLogitsWarper",

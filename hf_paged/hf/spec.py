@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_paged.batch import CacheSpec, LayerSpec
 from hf_paged.errors import UnsupportedModelError, first_line
 from hf_paged.hf.attention import PagedStep, SeenLayer
 from hf_paged.hf.eager import eager
 from hf_paged.hf.model import FlatModel, flat_forward
 from hf_paged.hf.weights import modules_of
-from hf_paged.types import CacheSpec, LayerSpec
 
 CARRIED_LAYERS = {"full_attention", "sliding_attention"}
 # Their rotary frequencies depend on the longest row of a batch, so what a row's keys are depends on its neighbours.

@@ -19,7 +19,7 @@ from hf_paged.hf.model import FlatModel
 from hf_paged.hf.params import special_ids
 from hf_paged.params import SamplingParams
 from hf_paged.protocols import AttentionBackend
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 # Relative error, ‖paged − stock‖ / ‖stock‖ of a row of logits. A wrong mask or position gives far more; experts that
 # flip on a rounding, in half precision, less than the second.

@@ -18,6 +18,7 @@ from hf_paged.engine.engine import Engine
 from hf_paged.engine.thread import drive
 from hf_paged.errors import ConfigError, InvalidRequestError, RequestRejectedError
 from hf_paged.params import SamplingParams
+from hf_paged.request import Logprob, Request, RequestMetrics
 from hf_paged.server.messages import (
     Abort,
     Add,
@@ -32,7 +33,7 @@ from hf_paged.server.messages import (
     decode_to_engine,
     encode,
 )
-from hf_paged.types import Logprob, Request, RequestMetrics, StepStats
+from hf_paged.stats import StepStats
 
 logger = logging.getLogger("hf_paged.server.worker")
 

@@ -24,12 +24,12 @@ from hf_paged.hf.load import hide_progress, load_model, load_tokenizer, pick_dev
 from hf_paged.hookspecs import hookimpl
 from hf_paged.llm import LLM
 from hf_paged.params import SamplingParams
+from hf_paged.request import Request
 from hf_paged.server import logs
 from hf_paged.server.config import ServerConfig
 from hf_paged.server.engine_loop import EngineLoop, StepLog
 from hf_paged.server.messages import Failed, Ready, encode
 from hf_paged.text.defaults import end_ids, sampling_defaults
-from hf_paged.types import Request
 
 logger = logging.getLogger("hf_paged.server.worker")
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_paged.params import SamplingParams
+from hf_paged.request import Request
 from hf_paged.text.detokenizer import Detokenizer
-from hf_paged.types import Request
 
 
 class OutputText:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_paged import hookimpl
+from hf_paged.batch import CacheSpec
 from hf_paged.protocols import AttentionBackend
-from hf_paged.types import CacheSpec
 
 NAME = "sdpa"
 

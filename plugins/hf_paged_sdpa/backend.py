@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.batch import Batch, Scheduled
 from hf_paged.protocols import KVCache, LayerPlan
-from hf_paged.types import Batch, Scheduled
 from hf_paged_sdpa.attend import attend, flash, flash_serves, merge, with_sinks
 from hf_paged_sdpa.kernels import TiledKernels, TorchKernels, rotate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hf_paged import ConfigError, hookimpl
 from hf_paged.protocols import Constraint, LogitsProcessor
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from typing import Any
 from llguidance import LLMatcher, LLTokenizer
 
 from hf_paged import ConfigError, InvalidRequestError, StructuredOutputs
-from hf_paged.types import Request
+from hf_paged.request import Request
 from hf_paged_structured.constraint import GrammarConstraint
 from hf_paged_structured.grammar import LIMITS, grammar_of, kind_of, refused
 from hf_paged_structured.trial import Trials

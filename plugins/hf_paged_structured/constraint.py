@@ -13,7 +13,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 
 from hf_paged import InvalidRequestError
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 
 class GrammarConstraint:

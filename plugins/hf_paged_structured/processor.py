@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hf_paged.types import Request
+from hf_paged.request import Request
 from hf_paged_structured.constraint import Ahead, GrammarConstraint
 
 

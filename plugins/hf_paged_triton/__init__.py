@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_paged import hookimpl
+from hf_paged.batch import CacheSpec
 from hf_paged.protocols import AttentionBackend
-from hf_paged.types import CacheSpec
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hf_paged.batch import Batch, CacheSpec
 from hf_paged.protocols import KVCache, LayerPlan
-from hf_paged.types import Batch, CacheSpec
 from hf_paged_triton import compiling
 from hf_paged_triton.kernels import InvariantKernels, TritonKernels, TritonSampling
 from hf_paged_triton.plan import TritonPlan

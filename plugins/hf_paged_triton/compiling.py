@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 import hf_paged_kernels as kernels
-from hf_paged.types import CacheSpec, LayerSpec
+from hf_paged.batch import CacheSpec, LayerSpec
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import hf_paged_kernels as kernels
+from hf_paged.batch import Batch, LayerSpec
 from hf_paged.protocols import KVCache
-from hf_paged.types import Batch, LayerSpec
 from hf_paged_triton.stretches import Stretch, one_stretch, stretches
 
 

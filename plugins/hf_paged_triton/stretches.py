@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch.nn import functional
 
-from hf_paged.types import Batch
+from hf_paged.batch import Batch
 
 TABLE_STEP = 16
 # Fewer fresh tokens are read through their block tables too: that costs 3 % of their attention on an H100, and saves

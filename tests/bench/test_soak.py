@@ -9,7 +9,7 @@ import pytest
 from hf_paged import cli
 from hf_paged.bench import soak
 from hf_paged.engine.engine import Engine
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 COMMAND = ["bench", "soak", "--requests", "60", "--in-flight", "12", "--cancel", "0.3", "--device", "cpu"]
 

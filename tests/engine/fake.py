@@ -13,12 +13,13 @@ import itertools
 import numpy as np
 import torch
 
+from hf_paged.batch import CacheSpec, LayerSpec, Layout
 from hf_paged.config import PagedConfig
 from hf_paged.engine.batch import leading_decode_rows, wants_prompt_logprobs
 from hf_paged.engine.engine import Engine
 from hf_paged.engine.runner import Runner
 from hf_paged.params import SamplingParams
-from hf_paged.types import CacheSpec, LayerSpec, Layout, Request
+from hf_paged.request import Request
 
 VOCAB = 97
 BASE, MIX = 1_000_003, 7_919  # hashes are taken modulo 2**64, as int64 wraps round

@@ -11,7 +11,7 @@ from hf_paged.engine import output as output_module
 from hf_paged.engine.scheduler import PriorityScheduler
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, RequestRejectedError
 from hf_paged.params import SamplingParams
-from hf_paged.types import Reject, Sampled
+from hf_paged.request import Reject, Sampled
 
 pytestmark = pytest.mark.usefixtures("both_paces")
 

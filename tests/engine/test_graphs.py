@@ -6,9 +6,9 @@ import pytest
 import torch
 from engine.fake import FakeBackend, FakeModel, make_request
 
+from hf_paged.batch import Layout, Scheduled, Step
 from hf_paged.config import PagedConfig
 from hf_paged.engine.graphs import BACKLOG, MANY_ROWS, MIXED_PROMPTS, MIXED_TOKENS, PATIENCE, Graphs, decode_sizes
-from hf_paged.types import Layout, Scheduled, Step
 
 
 class FakeCache:

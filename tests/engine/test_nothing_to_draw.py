@@ -11,7 +11,7 @@ import torch
 import zoo
 from hf_paged import LLM, ConfigError, InvalidRequestError, RequestFailedError, SamplingParams
 from hf_paged.engine.batch_sampler import BatchSampler
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 TOKENIZER = tiny.tokenizer()
 A = TOKENIZER.encode("a", add_special_tokens=False)[0]

@@ -11,7 +11,7 @@ from engine.test_blocks import NaivePool
 
 from hf_paged.engine.blocks import BlockPool
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
-from hf_paged.types import Sampled
+from hf_paged.request import Sampled
 
 WORLDS, OPERATIONS = 40, 300
 POISON = fake.VOCAB - 1

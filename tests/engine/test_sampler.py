@@ -11,7 +11,7 @@ from engine import fake
 from hf_paged.engine.batch_sampler import BatchSampler, filtered
 from hf_paged.engine.logprobs import top_logprobs
 from hf_paged.params import SamplingParams
-from hf_paged.types import Request, Sampled
+from hf_paged.request import Request, Sampled
 
 VOCAB = 23
 

@@ -7,7 +7,7 @@ from engine.fake import make_request
 
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
 from hf_paged.engine.tables import BlockTables
-from hf_paged.types import RequestMetrics
+from hf_paged.request import RequestMetrics
 
 
 def make_scheduler(kind=FCFSScheduler, *, num_blocks=40, size=4, seqs=8, budget=10, windows=(None,), **options):

@@ -20,7 +20,7 @@ from engine import fake
 from hf_paged.engine import thread as threads
 from hf_paged.engine.thread import Call, EngineThread
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, UnsupportedCallError
-from hf_paged.types import Sampled
+from hf_paged.request import Sampled
 
 pytestmark = pytest.mark.usefixtures("both_paces")
 

@@ -17,9 +17,11 @@ from stock import padded
 import hf_paged
 import zoo
 from hf_paged import ConfigError, PagedConfig, PluginError, Reject, RequestRejectedError, hookimpl, hookspecs, plugins
+from hf_paged.batch import CacheSpec
 from hf_paged.engine.blocks import LRUPolicy
 from hf_paged.engine.scheduler import FCFSScheduler
-from hf_paged.types import CacheSpec, CacheStats, EngineInfo, Request, RequestOutput, StepStats
+from hf_paged.request import Request, RequestOutput
+from hf_paged.stats import CacheStats, EngineInfo, StepStats
 
 transformers.logging.set_verbosity_error()
 HOOKS = [name for name, function in vars(hookspecs).items() if hasattr(function, f"{hookspecs.PROJECT}_spec")]

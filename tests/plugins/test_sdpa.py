@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
+from hf_paged.batch import CacheSpec, LayerSpec, Scheduled, Step
 from hf_paged.engine.batch import BatchBuilder
 from hf_paged.engine.cache import PagedKVCache
-from hf_paged.types import CacheSpec, LayerSpec, Request, Scheduled, Step
+from hf_paged.request import Request
 from hf_paged_sdpa.attend import attend, merge
 from hf_paged_sdpa.backend import MOST_RUNS, SDPABackend
 

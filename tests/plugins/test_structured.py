@@ -19,7 +19,7 @@ import schemas
 import zoo
 from hf_paged import LLM, ConfigError, InvalidRequestError, SamplingParams, StructuredOutputs, plugins
 from hf_paged.hf.params import end_ids
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 pytest.importorskip("llguidance")
 import llguidance

@@ -17,13 +17,14 @@ import hf_paged
 import hf_paged_triton
 import zoo
 from hf_paged import PagedConfig, plugins
+from hf_paged.batch import CacheSpec, LayerSpec, Scheduled, Step
 from hf_paged.engine.batch import BatchBuilder
 from hf_paged.engine.cache import PagedKVCache
 from hf_paged.engine.engine import Engine
 from hf_paged.errors import PluginError
 from hf_paged.hf.spec import flat_model
 from hf_paged.params import SamplingParams
-from hf_paged.types import CacheSpec, LayerSpec, Request, Sampled, Scheduled, Step
+from hf_paged.request import Request, Sampled
 from hf_paged_sdpa.backend import SDPABackend
 from hf_paged_triton import stretches
 from hf_paged_triton.backend import TritonBackend

@@ -12,6 +12,7 @@ from stock import build
 
 import zoo
 from hf_paged import LLM, InvalidRequestError, PagedConfig, Reject, hookimpl
+from hf_paged.request import Request
 from hf_paged.server import engine_loop
 from hf_paged.server.engine_loop import EngineLoop, StepLog, is_device_lost
 from hf_paged.server.messages import (
@@ -25,7 +26,6 @@ from hf_paged.server.messages import (
     decode_from_engine,
     encode,
 )
-from hf_paged.types import Request
 
 GREEDY = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
 

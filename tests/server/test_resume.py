@@ -9,7 +9,7 @@ import pytest
 
 import zoo
 from hf_paged import LLM, SamplingParams
-from hf_paged.types import Request
+from hf_paged.request import Request
 
 LENGTH = 16
 CASES: dict[str, dict[str, Any]] = {

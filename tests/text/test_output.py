@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_paged import SamplingParams
+from hf_paged.request import Request
 from hf_paged.text.output import OutputText, overlap
-from hf_paged.types import Request
 
 TOKENIZER = tiny.tokenizer()
 EOS = 2
