@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_paged.bench import report
 from hf_paged.bench.workloads import Item
-from hf_paged.engine.engine import Engine
 from hf_paged.engine.in_flight import SampledTokens
+from hf_paged.engine.thread import EngineThread
 from hf_paged.ledger import Ledger
 from hf_paged.llm import LLM
 
@@ -32,7 +32,7 @@ def run(model: Any, items: Sequence[Item], paged: Mapping[str, Any], trace: Path
     """
     with LLM(model, skip_tokenizer_init=True, **paged) as llm:
         llm.warm_up()
-        with Profiled(llm.engine()[0].engine) as seen:
+        with Profiled(llm.engine()[1]) as seen:
             prompts, params = [item.prompt_token_ids for item in items], [item.params for item in items]
             llm.generate(prompts, params, use_tqdm=False)
     seen.write(trace)
@@ -50,8 +50,8 @@ def table(summary: dict[str, Any]) -> Table:
 class Profiled:
     """Looks at some steps of an engine, from within `with`."""
 
-    def __init__(self, engine: Engine, first: int = FIRST, count: int = COUNT) -> None:
-        self._engine = engine
+    def __init__(self, thread: EngineThread, first: int = FIRST, count: int = COUNT) -> None:
+        self._thread = thread
         self._window = range(first, first + count)
         self._at = 0
         self._spent: defaultdict[str, float] = defaultdict(float)
@@ -62,7 +62,7 @@ class Profiled:
         self._changes = Ledger()
 
     def __enter__(self) -> Profiled:
-        engine = self._engine
+        engine = self._thread.engine
         for part, owner, name in (
             ("step", engine, "step"),
             ("schedule", engine.scheduler, "schedule"),
@@ -76,7 +76,7 @@ class Profiled:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
+        self._thread.do(self._stop)  # torch's profiler is stopped by the thread that began it
         self._changes.undo()
 
     def write(self, trace: Path) -> None:

@@ -187,11 +187,11 @@ def test_a_streamer_hears_a_call_once_that_is_begun_again(llama: PreTrainedModel
     llama.generate(BATCH["input_ids"][:1], **KWARGS)
     entered, original = [], EngineThread.enter
 
-    def enter(self: EngineThread, *arguments: Any) -> None:
+    def enter(self: EngineThread, *arguments: Any) -> Any:
         if not entered:
             entered.append(self)
             self.close()
-        original(self, *arguments)
+        return original(self, *arguments)
 
     monkeypatch.setattr(EngineThread, "enter", enter)
     got = During(lambda: None)
@@ -216,11 +216,12 @@ def test_an_engine_that_is_closed_as_a_call_enters(llama: PreTrainedModel, monke
     assert answer(llama, "greedy") == expected
     entered, original = [], EngineThread.enter
 
-    def enter(self: EngineThread, *arguments: Any) -> None:
-        original(self, *arguments)
+    def enter(self: EngineThread, *arguments: Any) -> Any:
+        queue = original(self, *arguments)
         if not entered:
             entered.append(self)
             self.close()
+        return queue
 
     monkeypatch.setattr(EngineThread, "enter", enter)
     assert answer(llama, "greedy") == expected

@@ -87,7 +87,7 @@ def run(loop: tuple[EngineLoop, Socket], *messages: Any, until: int = 1) -> dict
     socket.unread += [encode(message) for message in messages]
     deltas: dict[str, list[Delta]] = {}
     for _ in range(2000):
-        made._read()
+        made.read()
         if made._engine.has_work:
             made._engine.step()
         made._send_deltas()
@@ -120,7 +120,7 @@ def test_a_request_is_as_old_as_its_call(loop: Any) -> None:
     came = time.monotonic() - 1000
     made, socket = loop
     socket.unread.append(encode(Add("a", [5, 6, 7], GREEDY, arrival=came)))
-    made._read()
+    made.read()
     assert made._carried["a"].request.metrics.arrival_time == came
     assert 0 <= run(loop)["a"][-1].queued < 500
 
@@ -202,7 +202,7 @@ def test_blocks_are_told_for_each_group() -> None:
         for loop in loop_over(llm):
             made, socket = loop
             socket.unread.append(encode(WatchBlocks(60)))
-            made._read()
+            made.read()
             assert [group.num_blocks for group in reported(loop).groups] == [0, 0]  # there is no pool yet
             run(loop, Add("x", [5] * 3 * zoo.WINDOW, GREEDY | {"max_tokens": 400}), Add("y", [7], GREEDY))
             last = reported(loop)
