@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import functools
 import itertools
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -23,8 +24,10 @@ from hf_paged.forks import after_fork
 from hf_paged.request import Request, Status
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 IDLE = 5.0  # seconds without a message after which the thread ends
+LOOKS = 1.0  # seconds after which a waiting caller looks whether there is an owner
 ENDS = 60.0  # seconds that the interpreter's end waits for a step under way
 
 
@@ -77,6 +80,7 @@ class EngineThread:
         inbox = self._inbox
         self._reference = weakref.ref(self, lambda _: inbox.put(None))  # wakes an idle owner thread: it ends
         self._waiting: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # what for, and what tells the caller
+        self._due: list[Callable[[], None]] = []
         self._calls: dict[int, tuple[threading.Thread, Sequence[Request]]] = {}
         _all.add(self)
 
@@ -151,7 +155,7 @@ class EngineThread:
         self.post(message)
         if self.is_current:
             return None
-        result, error = reply.get()
+        result, error = self._result_of(reply)
         if error is not None:
             raise error
         return result
@@ -167,15 +171,25 @@ class EngineThread:
             self._waiting.append((done, functools.partial(reply.put, None)))
 
         self.post(message)
-        reply.get()
+        self._result_of(reply)
 
     def post(self, message: Callable[[], None]) -> None:
         """Have the owner thread do something between two steps, and don't wait for it."""
         self._inbox.put(message)
+        self._ensure_owner()
+
+    def _ensure_owner(self) -> None:
         # An owner that ends looks at its inbox once more after it let go of the lock, so no message is left there.
         if not self._owned.locked():
-            arguments = (self._reference, self._inbox, self._owned)
-            threading.Thread(target=_own, args=arguments, name="hf_paged engine", daemon=True).start()
+            _thread.start_new_thread(_begin, (self._reference, self._inbox, self._owned))
+
+    def _result_of(self, reply: queue.SimpleQueue[T]) -> T:
+        """Wait for a reply, and see now and then that there is an owner to give it."""
+        while True:
+            try:
+                return reply.get(timeout=LOOKS)
+            except queue.Empty:
+                self._ensure_owner()
 
     def end(self) -> None:
         """End the owner thread after the step that it is in; a later message begins another."""
@@ -242,13 +256,21 @@ class EngineThread:
         """Give the memory back where nobody needs it, and tell the callers whose requests are where they wait for."""
         if self.release_when_idle and self._inbox.empty():
             self.engine.release_memory()  # before anybody is told: who returns finds it given back
-        self._has_work = self.engine.has_work  # likewise: the told wait until this thread leaves them the interpreter
+        self._has_work = self.engine.has_work
         waiting, self._waiting = self._waiting, []
         for done, tell in waiting:
             if done():
-                tell()
+                self._due.append(tell)
             else:
                 self._waiting.append((done, tell))
+        if self._has_work:  # otherwise once this thread has let go of the engine: who returns may drop it
+            for tell in self.take_due():
+                tell()
+
+    def take_due(self) -> list[Callable[[], None]]:
+        """What tells the callers that are where they wait for; each is given once."""
+        due, self._due = self._due, []
+        return due
 
     def _take(self, requests: Sequence[Request], written: torch.cuda.Event | None) -> None:
         """Add a caller's requests, after what its stream had been given, such as new weights."""
@@ -326,6 +348,16 @@ def _fail(request: Request, error: BaseException) -> None:
 Inbox = queue.SimpleQueue["Callable[[], None] | None"]
 
 
+def _begin(reference: weakref.ref[EngineThread], inbox: Inbox, owned: threading.Lock) -> None:
+    """Start an owner thread from a thread that is nobody's.
+
+    CPython may deliver an exception that is set for a thread to one that it is starting, which dies before it runs
+    anything, and `Thread.start` waits for it for ever (PyThreadState_SetAsyncExc goes by an id that the new thread has
+    from its parent at first).
+    """
+    threading.Thread(target=_own, args=(reference, inbox, owned), name="hf_paged engine", daemon=True).start()
+
+
 def _own(reference: weakref.ref[EngineThread], inbox: Inbox, owned: threading.Lock) -> None:
     """An owner thread, from its begin to its end. Of several that begin at once, one stays."""
     while owned.acquire(blocking=False):
@@ -349,7 +381,10 @@ def _serve(reference: weakref.ref[EngineThread], inbox: Inbox) -> None:
         if message is None or (thread := reference()) is None:
             return
         thread.work(message)
+        due = thread.take_due()
         del thread, message
+        for tell in due:
+            tell()
 
 
 _all: weakref.WeakSet[EngineThread] = weakref.WeakSet()

@@ -73,8 +73,10 @@ def run(
             unfinished = unfinished & ~call.criteria(input_ids, scores)
             if call.streamer is not None:
                 call.streamer.put(tokens.cpu())
-            done = not bool(unfinished.max())
-            stay.push([(request, token, done) for request, token in zip(requests, tokens.tolist(), strict=True)])
+            # In one copy: the device is idle until the next step is launched.
+            chosen, going_on = torch.stack([tokens, unfinished.long()]).tolist()
+            done = not any(going_on)
+            stay.push([(request, token, done) for request, token in zip(requests, chosen, strict=True)])
 
 
 def _choose(scores: torch.Tensor, sample: bool) -> torch.Tensor:

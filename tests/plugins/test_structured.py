@@ -18,8 +18,8 @@ import hf_paged_structured
 import schemas
 import zoo
 from hf_paged import LLM, ConfigError, InvalidRequestError, SamplingParams, StructuredOutputs, plugins
-from hf_paged.hf.params import end_ids
 from hf_paged.request import Request
+from hf_paged.text.defaults import end_ids
 
 pytest.importorskip("llguidance")
 import llguidance
@@ -86,7 +86,12 @@ def answers(llm, params, prompts=None):
 def request_for(llm, prompt, params, so_far=()):
     """A request as `LLM` makes it, and the thread for it; with output tokens to begin with."""
     built, thread = llm._patched.engine()
-    request = Request("mine-" + prompt, llm.tokenizer.encode(prompt), params, end_ids(llm.model, llm.tokenizer))
+    request = Request(
+        "mine-" + prompt,
+        llm.tokenizer.encode(prompt),
+        params,
+        end_ids(llm.model.generation_config.eos_token_id, llm.tokenizer),
+    )
     plugins.constrain(built.manager, request, llm.tokenizer)
     request.token_ids += so_far
     return request, thread
