@@ -111,7 +111,8 @@ def register_step_observers(register: Callable[[StepObserver], None]) -> None:
     """Watch the steps of the engine.
 
     When: a model is patched or given to `LLM`.
-    Arguments: register(observer): called with StepStats once a step, on the host, when the step's tokens are known.
+    Arguments: register(observer): called with StepStats once a step, on the host, when the step's tokens are known. A
+        step launched ahead for requests that have all ended meanwhile is dropped unseen.
     Return: nothing.
     Cost: once an engine; the observer itself runs once a step.
     Failure: an exception stops the engine from being built, and names the plugin. An observer that raises in a step is

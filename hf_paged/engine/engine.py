@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 
@@ -24,6 +25,8 @@ from hf_paged.protocols import AttentionBackend, CachePolicy, LogitsProcessor, P
 from hf_paged.request import Reject, Request
 from hf_paged.stats import CacheStats
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """Carries requests over one model. Not thread-safe: see `thread.EngineThread` for many callers.
@@ -35,7 +38,7 @@ class Engine:
         scheduler: the class that orders requests.
         policy: in which order cached blocks are given up.
         processors: run on the logits before any sampler, in order.
-        observers: called after each step.
+        observers: called after each step that landed; one that nobody wants any more is dropped.
         admit: asked before a request is taken; None or a Reject.
         finished: told of each request that finished, after its blocks were freed.
         seed: of the draws of requests without a seed of their own.
@@ -170,14 +173,18 @@ class Engine:
         if self._in_flight is current:  # otherwise the launch failed, and the step was landed before the recovery
             self._land(current)
         if self._in_flight is current:
-            # One whose requests have all ended isn't waited for: the next call would wait for it too.
+            # Drop it if all its requests have ended: waiting for it would delay the next step.
             self._in_flight = following if following is not None and following.is_wanted else None
         return [row.request for row in current.step.rows]
 
     def _schedule(self, ahead: InFlightStep | None) -> InFlightStep | None:
         """The next step, to be launched while `ahead` is in flight. None: nothing can be served now."""
         began = time.monotonic()
-        self.pool.provide([*self.scheduler.running, *self.scheduler.waiting][: 2 * self.config.max_num_seqs])
+        try:
+            self.pool.provide([*self.scheduler.running, *self.scheduler.waiting][: 2 * self.config.max_num_seqs])
+        except Exception as error:  # no memory for a pool: each request hears of it when it is its turn
+            self.outputs.finish(self.scheduler.first_ready(), "error", error=error)
+            return None
         step = self.scheduler.schedule()
         if not step.rows and ahead is None:
             recovery.refuse_too_long(self)
@@ -244,9 +251,17 @@ class Engine:
 
     def fail(self, error: BaseException) -> None:
         """End every request with an error, after a step that raised what is no request's fault."""
-        self.restart()
+        try:
+            self.restart()
+        except Exception:
+            logger.exception("the engine can't be restarted; it is closed")
+            self.closed = True
         for request in list(self.outputs.requests.values()):
-            self.outputs.finish(request, "error", error=error)
+            try:
+                self.outputs.finish(request, "error", error=error)
+            except BaseException:
+                logger.exception("a callback of request %r failed as it was told of an error", request.request_id)
+                self.outputs.requests.pop(request.request_id, None)
 
     # ----------------------------------------------------------------------------------------------------------- memory
 

@@ -55,24 +55,26 @@ class Outputs:
             reason, what = _reason_to_stop(request, token, stop)
             if reason is None and request.on_token is not None:
                 request.on_token(request)
-        except BaseException as error:  # a KeyboardInterrupt too: it is the caller's, who raises it
+        except Exception as error:
             self.finish(request, "error", error=error)
         else:
             if reason is not None:
                 self.finish(request, reason, stop_reason=what)
 
-    def append_all(self, requests: Sequence[Request], logits: torch.Tensor, choice: Sampled | BaseException) -> None:
+    def append_all(self, requests: Sequence[Request], logits: torch.Tensor, choice: Sampled | Exception) -> None:
         """Give requests what a sampler chose, with log-probabilities: tokens, or None where the caller chooses.
 
         Args:
             logits: [rows, vocabulary], that it chose from.
         """
-        if isinstance(choice, BaseException):
+        if isinstance(choice, Exception):
             for request in requests:
                 self.finish(request, "error", error=choice)
             return
         stopped = choice.stopped or [False] * len(requests)
         for request, row, token, stop in zip(requests, logits, choice.token_ids, stopped, strict=True):
+            if request.finished:  # by a callback of a request before it
+                continue
             if token is None:
                 request.held = True
                 continue
@@ -116,7 +118,7 @@ class Outputs:
         if request.on_token is not None:
             try:
                 request.on_token(request)
-            except BaseException as raised:
+            except Exception as raised:
                 request.error = request.error or raised
         if self._told_finished is not None:
             self._told_finished(request)

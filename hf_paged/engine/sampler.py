@@ -13,7 +13,7 @@ from hf_paged.engine.in_flight import InFlightStep, SampledTokens
 from hf_paged.protocols import LogitsProcessor, PagedModel, TokenSampler
 from hf_paged.request import Request, Sampled
 
-Choice = tuple[list[Request], torch.Tensor, "Sampled | BaseException"]
+Choice = tuple[list[Request], torch.Tensor, "Sampled | Exception"]
 
 
 class Sampler:
@@ -82,7 +82,7 @@ class Sampler:
                 sampled = sampler.sample(requests, self._processed(requests, logits))
                 if len(sampled.token_ids) != len(requests):
                     raise ValueError(f"{sampler!r} gave {len(sampled.token_ids)} tokens for {len(requests)} requests")
-            except BaseException as error:  # the caller's, who raises it
+            except Exception as error:
                 yield requests, logits, error
             else:
                 yield requests, logits, sampled

@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.staging import recorded
-from hf_paged.errors import UnsupportedCallError
+from hf_paged.engine.staging import on_device, recorded
+from hf_paged.errors import RequestAbortedError, UnsupportedCallError
 from hf_paged.forks import after_fork
-from hf_paged.request import Request, Status
+from hf_paged.request import FinishReason, Request, Status
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,13 +32,13 @@ ENDS = 60.0  # seconds that the interpreter's end waits for a step under way
 
 
 class Mailbox(Protocol):
-    """Where a loop's work comes from, and who hears of what came of it."""
+    """Where a loop gets its messages, and where it reports."""
 
     def read(self) -> bool:
         """Carry out the messages that are there. False: the loop ends."""
 
     def landed(self) -> None:
-        """Called after the messages and after each step."""
+        """Called once a round: after the messages, and a step where there was one to make."""
 
 
 def drive(engine: Engine, mailbox: Mailbox) -> None:
@@ -55,7 +55,7 @@ class EngineThread:
     Only the owner thread touches the engine, so the engine needs no lock. An interrupt or an exception strikes the
     caller alone: its call is left, and what it had not finished is aborted. The thread begins with a message and ends
     after IDLE seconds without one, so a program at rest has no thread of ours. An idle thread doesn't keep its engine
-    alive.
+    alive. A forked child has no owner and needs another EngineThread (`ModelEngines` builds one).
 
     Args:
         engine: what is stepped.
@@ -77,6 +77,8 @@ class EngineThread:
         self._owned = threading.Lock()  # held by the owner thread, from its begin to its end
         self._owner: threading.Thread | None = None  # while it does something
         self._has_work = False  # after the last step
+        self._waits = True
+        self._waits_for: EngineThread | None = None  # in a callback of a step
         inbox = self._inbox
         self._reference = weakref.ref(self, lambda _: inbox.put(None))  # wakes an idle owner thread: it ends
         self._waiting: list[tuple[Callable[[], bool], Callable[[], None]]] = []  # what for, and what tells the caller
@@ -91,9 +93,9 @@ class EngineThread:
 
         Raises:
             InvalidRequestError: a request could never be served; none of them was taken.
-            UnsupportedCallError: it is called from a callback of the step that is under way.
+            UnsupportedCallError: it is called from a callback of a step that would wait for itself.
         """
-        if self.is_current:
+        if self._waits_for_caller:
             raise UnsupportedCallError(
                 "generation was called from a callback (streamer, criterion, processor) of a running one"
             )
@@ -140,7 +142,7 @@ class EngineThread:
     def do(self, work: Callable[[], Any]) -> Any:
         """Do something to the engine between two steps. Returns and raises what it does.
 
-        From a callback of a step it returns None at once, and is done after that step.
+        From a callback of a step that would wait for itself it returns None at once, and is done after that step.
         """
         reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
@@ -151,14 +153,18 @@ class EngineThread:
             except BaseException as error:
                 outcome = None, error
             self._waiting.append((lambda: True, functools.partial(reply.put, outcome)))
+            del outcome  # an error's traceback holds this frame
 
         self.post(message)
-        if self.is_current:
+        if self._waits_for_caller:
             return None
         result, error = self._result_of(reply)
-        if error is not None:
-            raise error
-        return result
+        try:
+            if error is not None:
+                raise error
+            return result
+        finally:
+            del error
 
     def wait(self, done: Callable[[], bool], *, after: Callable[[], None] | None = None) -> None:
         """Have the owner thread do something, and wait until `done`, which it asks then and after each step."""
@@ -166,9 +172,9 @@ class EngineThread:
         reply: queue.SimpleQueue[None] = queue.SimpleQueue()
 
         def message() -> None:
+            self._waiting.append((done, functools.partial(reply.put, None)))
             if after is not None:
                 after()
-            self._waiting.append((done, functools.partial(reply.put, None)))
 
         self.post(message)
         self._result_of(reply)
@@ -180,16 +186,38 @@ class EngineThread:
 
     def _ensure_owner(self) -> None:
         # An owner that ends looks at its inbox once more after it let go of the lock, so no message is left there.
-        if not self._owned.locked():
+        if self._owned.locked():
+            return
+        try:
             _thread.start_new_thread(_begin, (self._reference, self._inbox, self._owned))
+        except RuntimeError:  # too many threads, or the main thread has ended: the caller is the owner for a while
+            _own(self._reference, self._inbox, self._owned, idle=0.0)
 
     def _result_of(self, reply: queue.SimpleQueue[T]) -> T:
         """Wait for a reply, and see now and then that there is an owner to give it."""
-        while True:
-            try:
-                return reply.get(timeout=LOOKS)
-            except queue.Empty:
-                self._ensure_owner()
+        mine: EngineThread | None = getattr(_here, "thread", None)
+        if mine is not None:
+            mine._waits_for = self
+        try:
+            while True:
+                try:
+                    return reply.get(timeout=LOOKS)
+                except queue.Empty:
+                    self._ensure_owner()
+        finally:
+            if mine is not None:
+                mine._waits_for = None
+
+    @property
+    def _waits_for_caller(self) -> bool:
+        """Whether the calling thread is this owner, or one that this owner waits for, through others or not."""
+        mine: EngineThread | None = getattr(_here, "thread", None)
+        if mine is None:
+            return False
+        thread: EngineThread | None = self
+        while thread is not None and thread is not mine:
+            thread = thread._waits_for
+        return thread is mine
 
     def end(self) -> None:
         """End the owner thread after the step that it is in; a later message begins another."""
@@ -221,15 +249,21 @@ class EngineThread:
     def forsake(self, number: int, requests: Sequence[Request]) -> None:
         """As `leave`, for a caller that was interrupted as it left; may run anywhere, so it doesn't wait."""
         if self._calls.pop(number, None) is not None:
-            self._inbox.put(lambda: self._drop(requests))  # an owner thread with requests waits for messages
+            self._inbox.put(lambda: self._drop(requests))  # no owner is started: one that has requests doesn't end
 
     # --------------------------------------------------------------------------------------------- in the owner thread
 
-    def work(self, message: Callable[[], None]) -> None:
-        """Carry out a message and those after it, and step the engine until nothing is left to do."""
-        self._owner = threading.current_thread()
+    def work(self, message: Callable[[], None], *, waits: bool) -> None:
+        """Carry out a message and those after it, and step the engine until nothing is left to do.
+
+        Args:
+            waits: whether to wait for messages while requests await their tokens.
+        """
+        self._waits, before = waits, getattr(_here, "thread", None)
+        self._owner, _here.thread = threading.current_thread(), self
         try:
-            with self._context(), torch.no_grad():
+            # Until no request is left: an autocast context forgets the casts of the weights as it is left.
+            with on_device(self.engine.model.spec.device), self._context(), torch.no_grad():
                 message()
                 self.landed()
                 drive(self.engine, self)
@@ -238,18 +272,23 @@ class EngineThread:
             self.engine.fail(error)
             self.landed()
         finally:
-            self._owner = None
+            self._owner, _here.thread = None, before
 
     def read(self) -> bool:
-        """Carry out the messages that are there. Whether there was one, or there is a step to make."""
+        """Carry out the messages that are there. Whether there was one, or there is a step to make.
+
+        Waits for a message where every request awaits its token.
+        """
         found = False
-        while not self._inbox.empty():
+        while not self._inbox.empty() or (self._waits and self.engine.has_requests and not (found or self._has_work)):
             message = self._inbox.get()
             if message is None:
                 self._inbox.put(None)  # for `_serve`, which ends the thread
                 return False
+            self._tell_due()  # they don't wait for this message too
             message()
             found = True
+            del message
         return found or self._has_work
 
     def landed(self) -> None:
@@ -259,13 +298,16 @@ class EngineThread:
         self._has_work = self.engine.has_work
         waiting, self._waiting = self._waiting, []
         for done, tell in waiting:
-            if done():
+            if _is_true(done):
                 self._due.append(tell)
             else:
                 self._waiting.append((done, tell))
-        if self._has_work:  # otherwise once this thread has let go of the engine: who returns may drop it
-            for tell in self.take_due():
-                tell()
+        if self.engine.has_requests:  # otherwise once this thread has let go of the engine: who returns may drop it
+            self._tell_due()
+
+    def _tell_due(self) -> None:
+        for tell in self.take_due():
+            tell()
 
     def take_due(self) -> list[Callable[[], None]]:
         """What tells the callers that are where they wait for; each is given once."""
@@ -291,6 +333,8 @@ class EngineThread:
     def _drop(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.engine.abort(request)
+            if not request.finished:  # its caller hasn't queued it yet
+                _fail(request, RequestAbortedError(f"request {request.request_id!r} was aborted"), "abort")
 
 
 class Call:
@@ -340,51 +384,71 @@ def _push(engine: Engine, tokens: Sequence[tuple[Request, int, bool]]) -> None:
             engine.push(request, token, stop=stop)
 
 
-def _fail(request: Request, error: BaseException) -> None:
+def _fail(request: Request, error: BaseException, reason: FinishReason = "error") -> None:
     """End a request that the engine didn't take."""
-    request.finish_reason, request.error, request.status = "error", error, Status.FINISHED
+    request.finish_reason, request.error, request.status = reason, error, Status.FINISHED
+
+
+def _is_true(done: Callable[[], bool]) -> bool:
+    try:
+        return done()
+    except BaseException:
+        logger.exception("what a caller waits for can't be asked")
+        return True
+
+
+def _nothing() -> None:
+    pass
+
+
+_here = threading.local()  # `thread`: the EngineThread whose owner the thread is, while it does something
 
 
 Inbox = queue.SimpleQueue["Callable[[], None] | None"]
 
 
 def _begin(reference: weakref.ref[EngineThread], inbox: Inbox, owned: threading.Lock) -> None:
-    """Start an owner thread from a thread that is nobody's.
+    """Start an owner thread, from a helper thread that no exception is aimed at.
 
     CPython may deliver an exception that is set for a thread to one that it is starting, which dies before it runs
     anything, and `Thread.start` waits for it for ever (PyThreadState_SetAsyncExc goes by an id that the new thread has
     from its parent at first).
     """
-    threading.Thread(target=_own, args=(reference, inbox, owned), name="hf_paged engine", daemon=True).start()
+    arguments = (reference, inbox, owned)
+    try:
+        threading.Thread(target=_own, args=arguments, name="hf_paged engine", daemon=True).start()
+    except RuntimeError:  # one thread too many
+        _own(*arguments)
 
 
-def _own(reference: weakref.ref[EngineThread], inbox: Inbox, owned: threading.Lock) -> None:
-    """An owner thread, from its begin to its end. Of several that begin at once, one stays."""
+def _own(reference: weakref.ref[EngineThread], inbox: Inbox, owned: threading.Lock, idle: float | None = None) -> None:
+    """An owner thread, from its begin to its end. Of several that begin at once, one stays.
+
+    Args:
+        idle: seconds without a message after which it ends; None: IDLE.
+    """
     while owned.acquire(blocking=False):
         try:
-            _serve(reference, inbox)
+            _serve(reference, inbox, IDLE if idle is None else idle)
         finally:
             owned.release()
         if inbox.empty() or reference() is None:
             return
 
 
-def _serve(reference: weakref.ref[EngineThread], inbox: Inbox) -> None:
+def _serve(reference: weakref.ref[EngineThread], inbox: Inbox, idle: float) -> None:
     """Do what the inbox says until it is silent. The EngineThread is held only while there is something to do."""
-    while (thread := reference()) is not None:
-        timeout = None if thread.engine.has_requests else IDLE
-        del thread
-        try:
-            message = inbox.get(timeout=timeout)
-        except queue.Empty:
-            return
-        if message is None or (thread := reference()) is None:
-            return
-        thread.work(message)
+    message: Callable[[], None] | None = _nothing  # there may be a step to make, which an owner before has left
+    while message is not None and (thread := reference()) is not None:
+        thread.work(message, waits=idle > 0)
         due = thread.take_due()
         del thread, message
-        for tell in due:
-            tell()
+        while due:
+            due.pop()()
+        try:
+            message = inbox.get(timeout=idle)
+        except queue.Empty:
+            return
 
 
 _all: weakref.WeakSet[EngineThread] = weakref.WeakSet()

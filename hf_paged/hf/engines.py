@@ -106,11 +106,11 @@ class ModelEngines:
         with looking():
             check_mode(model)  # not remembered: the mode may be another one at the next call
             key = (_autocast(model.device), structure(model))
+        self._close_all_but(key[1])
         with self._building:
             if self.closed:
                 raise UnsupportedModelError("it was unpatched meanwhile")
             self._forsake_left_behind()
-            self._drop_all_but(key[1])
             if key in self._engines and self._engines[key][0].engine.closed:
                 self._drop(key)
             if key in self._refused:
@@ -130,13 +130,17 @@ class ModelEngines:
         context = functools.partial(_autocast_context, *key[0])
         return built, EngineThread(built.engine, context=context, release_when_idle=not self.keeps_pool)
 
-    def _drop_all_but(self, current: Hashable) -> None:
+    def _close_all_but(self, current: Hashable) -> None:
         """Close the engines of what the model was before; one with callers inside is left for the next time."""
-        for key in [key for key in self._refused if key[1] != current]:
-            del self._refused[key]
-        for key, (_, thread) in list(self._engines.items()):
-            if key[1] != current and not thread.busy:
-                thread.close()
+        with self._building:
+            for key in [key for key in self._refused if key[1] != current]:
+                del self._refused[key]
+            stale = [
+                (key, thread) for key, (_, thread) in self._engines.items() if key[1] != current and not thread.busy
+            ]
+        for key, thread in stale:
+            thread.close()  # not under the lock: a callback of its step may wait for that
+            with self._building:
                 self._drop(key)
 
     def _drop(self, key: Key) -> None:

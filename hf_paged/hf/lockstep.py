@@ -55,9 +55,9 @@ def run(
     with thread.call(requests) as stay:
         while True:
             stay.wait(lambda: all(r.held or r.finished for r in requests) or any(r.error for r in requests))
-            raise_errors(requests)
             if done:
                 return input_ids, scores, logits
+            raise_errors(requests)
             if call.streamer is not None and not call.seen:
                 call.streamer.put(input_ids.cpu())  # no sooner: of a call that is begun again it would come twice
             call.seen = True

@@ -590,6 +590,16 @@ def test_a_failure_beyond_the_end_of_one_request_costs_no_other(both_paces):
         fake.assert_empty(engine)
 
 
+def test_a_request_that_a_callback_aborts_has_a_log_probability_for_each_token():
+    engine = make_engine()
+    second = make_request([3], params={"logprobs": 1})
+    first = make_request([1], params={"logprobs": 1}, on_token=lambda r: r.num_output == 3 and engine.abort(second))
+    finish(engine, first, second)
+    assert (second.finish_reason, second.num_output) == ("abort", 2)
+    assert second.logprobs is not None
+    assert len(second.logprobs) == 2
+
+
 @pytest.mark.parametrize("what", ["prompt", "output"])
 def test_log_probabilities_that_fail_cost_no_other_request(both_paces, monkeypatch, what):
     name, asked = f"add_{what}_logprobs", {"prompt_logprobs": 1} if what == "prompt" else {"logprobs": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -369,21 +371,136 @@ print("the end")
     assert "Traceback" not in ended.stderr
 
 
-def test_a_thread_that_cannot_be_started_refuses_the_call(monkeypatch):
-    thread = EngineThread(fake.make_engine())
-    lost = fake.make_request([1, 2])
+@pytest.mark.parametrize("where", ["start_new_thread", "Thread"])
+def test_where_no_thread_can_be_started(monkeypatch, where):
+    """At the limit of threads, or once the main thread has ended: the caller, or the helper, is the owner."""
 
     def start(*_):
         raise RuntimeError("can't start new thread")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(_thread, "start_new_thread", start)
-        with pytest.raises(RuntimeError, match="can't start"):
-            thread.run([lost])
-    after = some_requests(1)
-    assert run(thread, *after) == right(*after)
+    monkeypatch.setattr(*((_thread, where) if where != "Thread" else (threads.threading.Thread, "start")), start)
+    thread = EngineThread(fake.make_engine())
+    for seed in range(3):
+        requests = some_requests(seed)
+        assert run(thread, *requests) == right(*requests)
+    assert push_all(thread, 5) == [fake.expected([5], 5), fake.expected([6], 5)]
     assert not thread.busy
     fake.assert_empty(thread.engine)
+
+
+@pytest.mark.parametrize("where", ["finished", "restart", "done", "push"])
+def test_nobody_waits_for_ever(where):
+    """Whatever raises in the owner thread, the callers hear of it."""
+    thread, hold = EngineThread(fake.make_engine()), Hold()
+    request = fake.make_request([1, 2], 6, sampler=hold)
+
+    def fail(*_):
+        raise SystemExit("no more")
+
+    with thread.call([request]) as call:
+        call.wait(lambda: request.held)
+        if where == "done":
+            call.wait(fail)
+            return
+        if where == "finished":
+            thread.engine.outputs._told_finished = fail
+        elif where == "restart":
+            thread.engine.scheduler.restart = thread.engine.scheduler.schedule = lambda *_: 1 / 0
+        else:
+            thread.engine.push = fail
+        call.push([(request, 3, where == "finished")])
+        call.wait(lambda: request.finished)
+    assert request.finished
+    assert thread.engine.closed == (where == "restart")
+
+
+def test_an_owner_that_ends_leaves_no_caller_behind(monkeypatch):
+    monkeypatch.setattr(threads, "LOOKS", 0.01)
+    thread = roomy()
+    request = endless([1, 2])
+    with thread.call([request]) as call:
+        ender = threading.Thread(target=lambda: (time.sleep(0.1), thread.end()))
+        ender.start()
+        call.wait(lambda: request.num_output > 300 and not ender.is_alive())
+    fake.assert_empty(thread.engine)
+
+
+def test_callbacks_of_two_engines_that_call_each_other():
+    """Each would wait for the other: refused, where a call of another engine alone is served."""
+    first, second = EngineThread(fake.make_engine()), EngineThread(fake.make_engine())
+    inner = fake.make_request([5], on_token=lambda _: first.run([fake.make_request([6])]))
+    with pytest.raises(UnsupportedCallError):
+        first.run([fake.make_request([1], on_token=lambda _: second.run([inner]))])
+    answers = []
+    asks = lambda request: answers.append(run(second, fake.make_request([request.num_output], 3)))  # noqa: E731
+    first.run([fake.make_request([1, 2], 4, on_token=asks)])
+    assert answers == [[fake.expected([count], 3)] for count in range(1, 5)]
+
+
+def test_a_call_is_aborted_before_its_first_wait():
+    thread = EngineThread(fake.make_engine())
+    request = fake.make_request([1, 2], 6)
+    with thread.call([request]) as call:
+        assert thread.abort() == 1
+        call.wait(lambda: request.finished)
+    assert (request.finish_reason, request.num_output) == ("abort", 0)
+    assert isinstance(request.error, RequestAbortedError)
+
+
+def test_a_caller_is_told_before_the_next_message_is_read():
+    thread, told = EngineThread(fake.make_engine()), []
+    reply = threading.Event()
+    request = fake.make_request([1, 2], 3, on_token=lambda _: reply.set() or time.sleep(0.01))
+
+    def long(seconds=0.5):
+        time.sleep(seconds)
+        told.append("the message")
+
+    def call():
+        thread.run([request])
+        told.append("the caller")
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    reply.wait(HANGS)
+    thread.do(long)
+    caller.join(HANGS)
+    assert sorted(told) == ["the caller", "the message"]
+
+
+def test_the_context_is_kept_from_token_to_token():
+    """Leaving an autocast context forgets the casts of the weights."""
+    entered = []
+
+    @contextmanager
+    def context():
+        entered.append(1)
+        yield
+
+    thread = EngineThread(fake.make_engine(), context=context)
+    push_all(thread, 12)
+    assert len(entered) <= 3
+
+
+def test_an_error_keeps_nothing_alive():
+    gc.disable()
+    try:
+        thread = EngineThread(fake.make_engine())
+        engine = weakref.ref(thread.engine)
+
+        def work():
+            raise Oops
+
+        with contextlib.suppress(Oops):
+            thread.do(work)
+        run(thread, fake.make_request([1], 2))
+        del thread
+        until = time.monotonic() + HANGS
+        while engine() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 def test_an_owner_that_never_comes_is_replaced(monkeypatch):
@@ -446,8 +563,7 @@ def test_many_callers_meet_in_one_batch():
     assert max(thread.engine.model.num_tokens) > 16
 
 
-def test_a_driver_hands_over():
-    """Calls of very different lengths: those that drive first leave first."""
+def test_calls_of_very_different_lengths():
     thread = EngineThread(fake.make_engine())
     calls = [fake.make_request([index], 1 + 3 * index) for index in range(20)]
     results = in_threads(*[lambda call=call: run(thread, call) for call in calls])
@@ -469,7 +585,7 @@ def push_all(thread, count):
 
 
 def test_callers_that_choose_their_own_tokens():
-    """What was pushed counts from the moment it was, also while another thread drives."""
+    """What was pushed is taken with the wait that follows."""
     thread = EngineThread(fake.make_engine(num_blocks=24))
     results = in_threads(*[lambda count=count: push_all(thread, count) for count in range(1, 17)])
     assert results == [[fake.expected([c], c), fake.expected([c + 1], c)] for c in range(1, 17)]
