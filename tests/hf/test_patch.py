@@ -654,25 +654,25 @@ def test_another_thread_trains_meanwhile(family: str, attention: str) -> None:
 
     expected = loss()
     answer = model.generate(**BATCH, max_new_tokens=40, do_sample=False)
-    done = threading.Event()
+    trained = threading.Event()
     answers: list[torch.Tensor] = []
 
     def generate() -> None:
-        try:
-            answers.extend(model.generate(**BATCH, max_new_tokens=40, do_sample=False) for _ in range(3))
-        finally:
-            done.set()
+        while not trained.is_set():
+            answers.append(model.generate(**BATCH, max_new_tokens=40, do_sample=False))
 
     with hf_paged.paged(model, on_unsupported="error"):
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
-        losses = [loss()]
-        while not done.is_set():
-            losses.append(loss())
+        try:
+            losses = [loss()]
+            while thread.is_alive() and (len(losses) < 8 or len(answers) < 3):
+                losses.append(loss())
+        finally:
+            trained.set()
         thread.join()
-    assert len(losses) > 5
+    assert len(answers) >= 3
     assert set(losses) == {expected}
-    assert len(answers) == 3
     for got in answers:
         same_tensor(got, answer)
     after = snapshot(model)
