@@ -5,19 +5,19 @@ from __future__ import annotations
 import _thread
 import atexit
 import functools
-import itertools
 import logging
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from hf_paged.engine.call import Call, raise_errors
 from hf_paged.engine.engine import Engine
+from hf_paged.engine.loop import drive
 from hf_paged.engine.staging import on_device, recorded
 from hf_paged.errors import RequestAbortedError, UnsupportedCallError
 from hf_paged.forks import after_fork
@@ -29,24 +29,6 @@ T = TypeVar("T")
 IDLE = 5.0  # seconds without a message after which the thread ends
 LOOKS = 1.0  # seconds after which a waiting caller looks whether there is an owner
 ENDS = 60.0  # seconds that the interpreter's end waits for a step under way
-
-
-class Mailbox(Protocol):
-    """Where a loop gets its messages, and where it reports."""
-
-    def read(self) -> bool:
-        """Carry out the messages that are there. False: the loop ends."""
-
-    def landed(self) -> None:
-        """Called once a round: after the messages, and a step where there was one to make."""
-
-
-def drive(engine: Engine, mailbox: Mailbox) -> None:
-    """Step an engine between messages until its mailbox ends the loop: an owner thread's, and an engine process's."""
-    while mailbox.read():
-        if engine.has_work:
-            engine.step()
-        mailbox.landed()
 
 
 class EngineThread:
@@ -335,53 +317,6 @@ class EngineThread:
             self.engine.abort(request)
             if not request.finished:  # its caller hasn't queued it yet
                 _fail(request, RequestAbortedError(f"request {request.request_id!r} was aborted"), "abort")
-
-
-class Call:
-    """One caller's requests in an engine. Leaving it, by an exception too, aborts what is unfinished."""
-
-    _numbers = itertools.count()
-
-    def __init__(self, thread: EngineThread, requests: Sequence[Request]) -> None:
-        self._thread = thread
-        self._requests = requests
-        self._number = next(self._numbers)
-        self._next: Callable[[], None] | None = None  # what the owner thread does before the next wait
-
-    def __enter__(self) -> Call:
-        self._next = self._thread.enter(self._number, self._requests)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.leave(self._number, self._requests)
-
-    def __del__(self) -> None:
-        """An interrupt may strike as the call is entered or left: what is forgotten then goes with this object."""
-        self._thread.forsake(self._number, self._requests)
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Wait until `done`. The first wait queues the requests; one after `push` hands over what was pushed."""
-        after, self._next = self._next, None
-        self._thread.wait(done, after=after)
-
-    def push(self, tokens: Sequence[tuple[Request, int, bool]]) -> None:
-        """Give requests that await their tokens the next ones: (request, token, whether it ends the request)."""
-        self._next = functools.partial(_push, self._thread.engine, tokens)
-
-
-def raise_errors(requests: Sequence[Request]) -> None:
-    """Raise what ended one of the requests, if anything did."""
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-
-
-def _push(engine: Engine, tokens: Sequence[tuple[Request, int, bool]]) -> None:
-    for request, token, stop in tokens:
-        if not request.finished:
-            engine.push(request, token, stop=stop)
 
 
 def _fail(request: Request, error: BaseException, reason: FinishReason = "error") -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
+from hf_paged.engine.call import raise_errors
 from hf_paged.engine.staging import recorded
-from hf_paged.engine.thread import EngineThread, raise_errors
+from hf_paged.engine.thread import EngineThread
 from hf_paged.hf.prepare import Prepared
 from hf_paged.request import Request, Sampled
 

@@ -15,7 +15,7 @@ import torch
 import zmq
 
 from hf_paged.engine.engine import Engine
-from hf_paged.engine.thread import drive
+from hf_paged.engine.loop import drive
 from hf_paged.errors import ConfigError, InvalidRequestError, RequestRejectedError
 from hf_paged.params import SamplingParams
 from hf_paged.request import Logprob, Request, RequestMetrics

@@ -21,7 +21,8 @@ import torch
 from engine import fake
 
 from hf_paged.engine import thread as threads
-from hf_paged.engine.thread import Call, EngineThread
+from hf_paged.engine.call import Call
+from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, UnsupportedCallError
 from hf_paged.request import Sampled
 
