@@ -253,7 +253,7 @@ class LogitsProcessor(Protocol):
 
 
 class StepObserver(Protocol):
-    """Sees each step of the engine, on the host, when its tokens are known; a step that nobody wants is dropped."""
+    """Sees each step of the engine, on the host, when its tokens are known; not one whose requests all ended before."""
 
     def __call__(self, stats: StepStats) -> None:
         """Take note of a step that is done."""

@@ -39,7 +39,6 @@ class BatchSampler:
         self._staging: dict[torch.device, Staging] = {}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """See `TokenSampler.sample`."""
         return Sampled(self.launch(requests, logits).tolist())
 
     def launch(self, requests: Sequence[Request], logits: torch.Tensor) -> torch.Tensor:
@@ -73,7 +72,7 @@ class BatchSampler:
         return (self._draw_on_device if self._kernels else self._draw)(requests, logits), logits
 
     def rehearse(self, logits: torch.Tensor, sizes: Iterable[int]) -> None:
-        """Choose from so many rows of the logits, [rows, vocabulary], that nothing is compiled or loaded later."""
+        """Sample at each batch size in `sizes`, so that no kernel is compiled later; logits [rows, vocabulary]."""
         if self._kernels is None:
             return
         wide = logits.float()  # what is changed before it is chosen from

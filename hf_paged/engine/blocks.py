@@ -13,7 +13,6 @@ class LRUPolicy:
     """Cached blocks are given up last and in the order they were freed; blocks without a hash first."""
 
     def keep(self, cached: bool) -> bool:
-        """See `CachePolicy.keep`."""
         return cached
 
 

@@ -38,7 +38,7 @@ class Engine:
         scheduler: the class that orders requests.
         policy: in which order cached blocks are given up.
         processors: run on the logits before any sampler, in order.
-        observers: called after each step that landed; one that nobody wants any more is dropped.
+        observers: called after each step that landed; a step whose requests have all ended is dropped.
         admit: asked before a request is taken; None or a Reject.
         finished: told of each request that finished, after its blocks were freed.
         seed: of the draws of requests without a seed of their own.
@@ -233,7 +233,8 @@ class Engine:
         fingerprint = self.model.fingerprint()
         if fingerprint != self._fingerprint:
             self.forget()
-            torch.clear_autocast_cache()  # the casts of the old weights
+            if torch.is_autocast_enabled(self.model.spec.device.type):
+                torch.clear_autocast_cache()  # it holds casts of the old weights
             self._fingerprint = fingerprint
         graph_key = self.model.graph_key()
         if graph_key != self._graph_key:

@@ -58,7 +58,7 @@ def shrink(engine: Engine, tokens: int, error: Exception) -> bool:
 
 
 def retry_smaller(engine: Engine, work: Callable[[int], None]) -> None:
-    """Do something that takes the memory of a step of so many tokens; out of memory, again with smaller steps.
+    """Call `work` with the token budget of a step; out of memory, halve the budget and call it again.
 
     Raises:
         what it raises, if that is something else, or steps can't be smaller.

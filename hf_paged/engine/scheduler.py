@@ -245,7 +245,6 @@ class PriorityScheduler(FCFSScheduler):
     """The smallest `Request.priority` first, until a request has waited long enough: see `turn`."""
 
     def key(self, request: Request) -> tuple[int, ...]:
-        """See `FCFSScheduler.key`."""
         return (turn(request.metrics.arrival_time, request.priority), request.order)
 
 

@@ -181,6 +181,8 @@ class EngineThread:
         if mine is not None:
             mine._waits_for = self
         try:
+            if self._waits_for_caller:  # since `call` looked: two callbacks that began to wait at once
+                raise UnsupportedCallError("callbacks of two engines' steps wait for each other")
             while True:
                 try:
                     return reply.get(timeout=LOOKS)
@@ -220,7 +222,8 @@ class EngineThread:
     def enter(self, number: int, requests: Sequence[Request]) -> Callable[[], None]:
         """A caller comes with requests. Returns what has the owner thread take them."""
         self._calls[number] = threading.current_thread(), requests
-        return functools.partial(self._take, requests, recorded(self.engine.model.spec.device))
+        written = recorded(self.engine.model.spec.device)
+        return functools.partial(self._take, requests, written, torch.get_num_threads())
 
     def leave(self, number: int, requests: Sequence[Request]) -> None:
         """A caller goes; what it leaves unfinished is aborted, and its blocks are free when this returns."""
@@ -249,7 +252,9 @@ class EngineThread:
                 message()
                 self.landed()
                 drive(self.engine, self)
-        except BaseException as error:  # a fault of ours or of a plugin's scheduler: nobody may wait for ever
+        except (
+            BaseException
+        ) as error:  # a bug, maybe in a plugin's scheduler: end every request, so that no caller hangs
             logger.exception("a step failed, and with it every request that was under way")
             self.engine.fail(error)
             self.landed()
@@ -274,9 +279,9 @@ class EngineThread:
         return found or self._has_work
 
     def landed(self) -> None:
-        """Give the memory back where nobody needs it, and tell the callers whose requests are where they wait for."""
+        """Release idle memory, and find the callers whose wait is over."""
         if self.release_when_idle and self._inbox.empty():
-            self.engine.release_memory()  # before anybody is told: who returns finds it given back
+            self.engine.release_memory()  # before a caller is told, so that it finds the memory released
         self._has_work = self.engine.has_work
         waiting, self._waiting = self._waiting, []
         for done, tell in waiting:
@@ -284,7 +289,7 @@ class EngineThread:
                 self._due.append(tell)
             else:
                 self._waiting.append((done, tell))
-        if self.engine.has_requests:  # otherwise once this thread has let go of the engine: who returns may drop it
+        if self.engine.has_requests:  # otherwise `_serve` tells them, once it holds no engine
             self._tell_due()
 
     def _tell_due(self) -> None:
@@ -296,9 +301,16 @@ class EngineThread:
         due, self._due = self._due, []
         return due
 
-    def _take(self, requests: Sequence[Request], written: torch.cuda.Event | None) -> None:
-        """Add a caller's requests, after what its stream had been given, such as new weights."""
+    def _take(self, requests: Sequence[Request], written: torch.cuda.Event | None, num_threads: int) -> None:
+        """Add a caller's requests, after what its stream had been given, such as new weights.
+
+        Args:
+            written: recorded on the caller's stream.
+            num_threads: of the caller's operators on a CPU: torch counts them for each thread.
+        """
         try:
+            if num_threads != torch.get_num_threads():
+                torch.set_num_threads(num_threads)
             if written is not None:
                 written.wait()
             self.engine.refresh()

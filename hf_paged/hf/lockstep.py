@@ -31,7 +31,6 @@ class Handoff:
         self._waits = recorded(device) is not None
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """See `TokenSampler.sample`."""
         if self._waits:
             torch.cuda.current_stream(logits.device).synchronize()
         self.logits.update(zip(requests, logits, strict=True))

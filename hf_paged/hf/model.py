@@ -64,7 +64,6 @@ class FlatModel:
         self._eager = eager(modules_of(model))
 
     def forward(self, batch: Batch, plan: LayerPlan) -> torch.Tensor:
-        """See `PagedModel.forward`."""
         if self.invariant is not None:
             plan = trusted(plan)
         wanted = batch.logits_indices
@@ -100,13 +99,11 @@ class FlatModel:
         return self._eager.on()
 
     def fingerprint(self) -> Hashable:
-        """See `PagedModel.fingerprint`."""
         if self.fusion is not None:
             self.fusion.rebind()
         return self._weights.fingerprint()
 
     def graph_key(self) -> Hashable:
-        """See `PagedModel.graph_key`."""
         return self._weights.graph_key()
 
 

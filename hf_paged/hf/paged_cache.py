@@ -244,7 +244,6 @@ class PagedLayer(CacheLayerMixin):
             self.rows.slide(self._first_visible(self._length))
 
     def reset(self) -> None:
-        """See `PagedCache.reset`."""
         self._length, self.rows, self._memory = 0, None, None
 
     def fork(self, groups: Groups) -> PagedLayer:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria, StopStringCriteria
@@ -243,13 +245,20 @@ def _check_model(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
         raise Unsupported(
             "synced_gpus (DeepSpeed ZeRO-3, FSDP: processes that forward in step) is not carried on the engine"
         )
-    if _get_current_dispatch_mode() is not None:
-        raise Unsupported("a torch dispatch mode (FlopCounterMode, FakeTensorMode, …) sees the caller's thread only")
+    if _get_current_dispatch_mode() is not None or _in_function_mode():
+        raise Unsupported(
+            "a torch mode (FlopCounterMode, FakeTensorMode, function modes) sees the caller's thread only"
+        )
     if "prepare_inputs_for_generation" in vars(model):
         raise Unsupported("somebody replaced its prepare_inputs_for_generation (PEFT's prompt tuning does)")
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if any(isinstance(hook, functools.partial) and "adapter_names" in hook.keywords for hook in hooks):
         raise Unsupported("adapter_names (a LoRA adapter for each row) is not carried on the engine yet")
+
+
+def _in_function_mode() -> bool:
+    """Whether a function mode is on, other than those of `torch.set_default_device` and `with device:`."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def _setting(model: PreTrainedModel, given: Mapping[str, Any], name: str) -> Any:

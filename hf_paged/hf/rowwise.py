@@ -89,7 +89,6 @@ class RowwiseSampler:
         self._row = {request: index for index, request in enumerate(requests)}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """See `TokenSampler.sample`."""
         tokens, stopped = [0] * len(requests), [False] * len(requests)
         by_step: dict[int, list[int]] = {}
         for position, request in enumerate(requests):

@@ -50,7 +50,6 @@ class _Look(PagedStep):
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See `PagedStep.attend`."""
         if query.shape[2] != key.shape[2] or query.shape[0] != 1:
             raise UnsupportedModelError(
                 f"an attention layer has queries {tuple(query.shape)} but keys {tuple(key.shape)}: "
@@ -67,7 +66,6 @@ class _Look(PagedStep):
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
     def mask(self, mask_function: Callable[..., Any], num_tokens: int) -> torch.Tensor | None:
-        """See `PagedStep.mask`."""
         mask = torch.ones(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=self._device)
         self._masks.append((mask, mask_function))
         return mask

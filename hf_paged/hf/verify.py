@@ -111,7 +111,6 @@ class _Recorder:
         self.logits: dict[str, list[torch.Tensor]] = {}
 
     def sample(self, requests: Sequence[Request], logits: torch.Tensor) -> Sampled:
-        """See `TokenSampler.sample`."""
         for request, row in zip(requests, logits, strict=True):
             self.logits.setdefault(request.request_id, []).append(row.clone())
         return Sampled(logits.argmax(-1).tolist())

@@ -51,7 +51,7 @@ are middlewares around all routes, so a plugin's routes have them too: nothing m
     stats.recent                    the last 1,000 finished RequestRecords, oldest first
     stats.watch_blocks(seconds)     ask the engines to send the `blocks` of each `messages.BlockGroup` in
                                     `EngineStats.groups` (request id -> block ids, shared blocks appear under several)
-                                    for so many seconds; without a watcher they are not sent
+                                    for `seconds`; without a watcher they are not sent
 
 A `RequestRecord` has the incoming W3C `traceparent` header and start and end times in `time.time_ns()`, which is what
 spans need; `stats.RequestRecord`'s docstring lists all. Ids are the engine's own (`record.request_id`); the id that the

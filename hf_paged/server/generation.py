@@ -7,6 +7,7 @@ import functools
 import itertools
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import abc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, ClassVar, TypeVar
@@ -34,8 +35,8 @@ MOST_ALLOWED = 2**22  # allowed_token_ids of a call, once for each sequence
 FEW = 32  # sequences of a call that are made in the event loop
 
 
-class Call:
-    """A call that was accepted, and its answer. Each route has its own kind, with the methods that raise here.
+class Call(ABC):
+    """A call that was accepted, and its answer. Each route has its own kind.
 
     It counts as in flight from `open` to `close`, which has to come.
 
@@ -79,25 +80,25 @@ class Call:
 
     # ------------------------------------------------------------------------------------------------------- the answer
 
+    @abstractmethod
     async def begin(self) -> None:
         """Read the prompts, and hand them to the engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def take(self, sequence: Sequence, piece: Piece) -> None:
         """Add a piece to the answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self) -> dict[str, Any]:
         """The answer's body, after the last piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def events_of(self, sequence: Sequence, piece: Piece) -> list[bytes]:
         """The events of a streamed answer for a piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_events(self) -> list[bytes]:
         """The events of a streamed answer after the last piece."""
-        raise NotImplementedError
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one body."""

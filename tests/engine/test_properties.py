@@ -11,21 +11,9 @@ from engine.test_blocks import NaivePool
 
 from hf_paged.engine.blocks import BlockPool
 from hf_paged.engine.scheduler import FCFSScheduler, PriorityScheduler
-from hf_paged.request import Sampled
 
 WORLDS, OPERATIONS = 40, 300
 POISON = fake.VOCAB - 1
-
-
-class Hold:
-    """A sampler that hands the logits out and waits for a push."""
-
-    def __init__(self):
-        self.logits = {}
-
-    def sample(self, requests, logits):
-        self.logits.update(zip(requests, logits, strict=True))
-        return Sampled([None] * len(requests))
 
 
 class World:
@@ -53,7 +41,7 @@ class World:
         self.engine.model.before = self.before_forward
         self.fault = None  # what the next forward raises
         self.breaks = 0  # callbacks to go until one raises; 0: none does
-        self.hold = Hold()
+        self.hold = fake.Hold()
         self.live, self.done = [], []
         self.told = Counter()
         self.aborted, self.excused = set(), set()

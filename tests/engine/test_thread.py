@@ -24,7 +24,6 @@ from hf_paged.engine import thread as threads
 from hf_paged.engine.call import Call
 from hf_paged.engine.thread import EngineThread
 from hf_paged.errors import EngineClosedError, InvalidRequestError, RequestAbortedError, UnsupportedCallError
-from hf_paged.request import Sampled
 
 pytestmark = pytest.mark.usefixtures("both_paces")
 
@@ -96,17 +95,6 @@ def some_requests(seed, **fields):
     return [fake.make_request(prompt, pick.randint(1, 10), **fields) for prompt in prompts]
 
 
-class Hold:
-    """Hands logits out and waits for a push."""
-
-    def __init__(self):
-        self.logits = {}
-
-    def sample(self, requests, logits):
-        self.logits.update(zip(requests, logits, strict=True))
-        return Sampled([None] * len(requests))
-
-
 # -------------------------------------------------------------------------------------------------------- one caller
 
 
@@ -128,7 +116,7 @@ def test_impossible_requests_are_refused_before_any_work():
 
 def test_an_id_that_is_taken_fails_the_newcomer_alone():
     thread = EngineThread(fake.make_engine())
-    first = fake.make_request([1, 2, 3], 6, name="same", sampler=(hold := Hold()))
+    first = fake.make_request([1, 2, 3], 6, name="same", sampler=(hold := fake.Hold()))
     with thread.call([first]) as call:
         call.wait(lambda: first.held)
         with pytest.raises(InvalidRequestError, match="'same' is taken"):
@@ -163,7 +151,7 @@ def test_leaving_early_aborts():
 
 def test_memory_is_given_back_when_the_last_caller_leaves():
     thread = EngineThread(fake.make_engine(num_blocks=None), release_when_idle=True)
-    outer, inner = fake.make_request([1, 2, 3], 6, sampler=Hold()), fake.make_request([1, 2, 3, 4], 6)
+    outer, inner = fake.make_request([1, 2, 3], 6, sampler=fake.Hold()), fake.make_request([1, 2, 3, 4], 6)
     with thread.call([outer]) as call:
         call.wait(lambda: outer.held)
         assert [run(thread, inner)] == [right(inner)]
@@ -314,7 +302,7 @@ def test_it_begins_with_a_request_and_ends_when_idle(monkeypatch):
 def test_it_stays_while_a_request_awaits_its_token(monkeypatch):
     """Its caller may take long, and may be interrupted then."""
     monkeypatch.setattr(threads, "IDLE", 0.01)
-    thread, hold = EngineThread(fake.make_engine()), Hold()
+    thread, hold = EngineThread(fake.make_engine()), fake.Hold()
     request = fake.make_request([1, 2], 5, sampler=hold)
     with thread.call([request]) as call:
         call.wait(lambda: request.held)
@@ -392,7 +380,7 @@ def test_where_no_thread_can_be_started(monkeypatch, where):
 @pytest.mark.parametrize("where", ["finished", "restart", "done", "push"])
 def test_nobody_waits_for_ever(where):
     """Whatever raises in the owner thread, the callers hear of it."""
-    thread, hold = EngineThread(fake.make_engine()), Hold()
+    thread, hold = EngineThread(fake.make_engine()), fake.Hold()
     request = fake.make_request([1, 2], 6, sampler=hold)
 
     def fail(*_):
@@ -574,7 +562,7 @@ def test_calls_of_very_different_lengths():
 
 def push_all(thread, count):
     """One caller's two requests, whose tokens it chooses itself, both at a time."""
-    hold = Hold()
+    hold = fake.Hold()
     requests = [fake.make_request([token], 50, sampler=hold) for token in (count, count + 1)]
     with thread.call(requests) as call:
         for number in range(count):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from stock import free, padded, snapshot
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
@@ -306,5 +310,75 @@ def test_a_dispatch_mode_of_the_callers_sees_what_stock_computes(llama: PreTrain
 
     expected = flops()
     hf_paged.patch(llama)
-    with pytest.warns(UserWarning, match="dispatch mode"):
+    with pytest.warns(UserWarning, match="torch mode"):
         assert flops() == expected > 0
+
+
+def test_a_function_mode_of_the_callers_sees_what_stock_computes(llama: PreTrainedModel) -> None:
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "max_new_tokens": 4}
+
+    class Count(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func is torch.nn.functional.linear
+            return func(*args, **(kwargs or {}))
+
+    def calls() -> int:
+        with Count() as mode:
+            llama.generate(**call)
+        return mode.calls
+
+    expected = calls()
+    hf_paged.patch(llama)
+    with pytest.warns(UserWarning, match="torch mode"):
+        assert calls() == expected > 0
+
+
+def test_under_a_default_device_it_is_carried(llama: PreTrainedModel) -> None:
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "max_new_tokens": 4}
+    expected = tokens(llama.generate(**call))
+    with hf_paged.paged(llama, on_unsupported="error"), torch.device("cpu"):
+        assert tokens(llama.generate(**call)) == expected
+
+
+def test_steps_use_as_many_threads_as_their_caller(llama: PreTrainedModel) -> None:
+    """Torch counts them for each thread, and the owner thread outlives a call."""
+    call = {"input_ids": torch.tensor(zoo.prompts(0, (8,))), "do_sample": False, "max_new_tokens": 2}
+    seen: list[int] = []
+    llama.get_output_embeddings().register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        with hf_paged.paged(llama, on_unsupported="error"):
+            for count in (1, 2, 1):
+                torch.set_num_threads(count)
+                llama.generate(**call)
+                seen.clear()
+                llama.generate(**call)
+                assert set(seen) == {count}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ctrl_c_strikes_at_once() -> None:
+    """A real SIGINT, in the main thread, while it waits for a long answer; the next call is answered."""
+    program = """
+import _thread, threading, time, torch, zoo, hf_paged
+model = zoo.build("llama")
+handle = hf_paged.patch(model, on_unsupported="error")
+ids = torch.tensor(zoo.prompts(0, (8,)))
+expected = model.generate(ids, max_new_tokens=5, do_sample=False).tolist()
+threading.Timer(0.3, _thread.interrupt_main).start()
+try:
+    while True:
+        model.generate(ids, max_new_tokens=480, min_new_tokens=480, do_sample=False)
+except KeyboardInterrupt:
+    print("interrupted", handle.stats.pool_bytes)
+assert model.generate(ids, max_new_tokens=5, do_sample=False).tolist() == expected
+print("answered")
+"""
+    where = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, "-c", program], cwd=where, timeout=200, capture_output=True, text=True)
+    assert found.stdout.split() == ["interrupted", "0", "answered"], found.stderr

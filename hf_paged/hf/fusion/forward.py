@@ -60,7 +60,6 @@ class NormForward(FusedForward):
         self._kernels, self._norm = kernels, norm
 
     def serve(self, step: PagedStep, *args: Any, **kwargs: Any) -> Any:
-        """See `FusedForward.serve`."""
         (x,) = args
         return self._kernels.norm(x.reshape(-1, x.shape[-1]), self._norm).view(x.shape)
 
@@ -73,7 +72,6 @@ class HeadForward(FusedForward):
         self._kernels, self._linear = kernels, module
 
     def serve(self, step: PagedStep, *args: Any, **kwargs: Any) -> Any:
-        """See `FusedForward.serve`."""
         (x,) = args
         out = self._kernels.linear(x.reshape(-1, x.shape[-1]), self._linear.weight, self._linear.bias)
         return out.view(*x.shape[:-1], self._linear.out_features)
@@ -104,7 +102,6 @@ class LayerForward(FusedForward):
         self._far = far
 
     def products(self, tokens: int) -> Iterable[tuple[torch.Tensor, Callable[[], object]]]:
-        """See `FusedLayer.products`."""
         return self._candidates[0].products(tokens)
 
     def rebind(self) -> None:
@@ -133,7 +130,6 @@ class LayerForward(FusedForward):
         return any(isinstance(candidate.mlp, GatedMLP) for candidate in self._candidates)
 
     def serve(self, step: PagedStep, *args: Any, **kwargs: Any) -> Any:
-        """See `FusedForward.serve`."""
         hidden = args[0] if args else kwargs["hidden_states"]
         rotary = kwargs.get("position_embeddings")
         if not self._candidates or not isinstance(rotary, tuple) or hidden.shape[0] != 1:

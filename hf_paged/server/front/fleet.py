@@ -311,14 +311,12 @@ class Fleet:
     # ------------------------------------------------------------------------------------------- what the replicas tell
 
     def replica_ready(self, replica: Replica, ready: Ready) -> None:
-        """See `replica.Owner`."""
         replica.room = ready.max_num_seqs + max(1, ready.max_num_seqs // 8)
         if self.info is None:
             self.info, self._loading = ready, time.monotonic() - self._began
         self._pump()
 
     def replica_died(self, replica: Replica, sequences: list[Sequence], why: str) -> None:
-        """See `replica.Owner`."""
         self._router.forget(replica)
         fresh = [sequence for sequence in sequences if sequence.fresh]
         if len(fresh) == 1:
@@ -337,7 +335,6 @@ class Fleet:
             self._pump()
 
     def replica_brought(self, replica: Replica, delta: Delta) -> None:
-        """See `replica.Owner`."""
         sequence = replica.sequences.get(delta.id)
         if sequence is None:  # aborted meanwhile
             return
@@ -354,7 +351,6 @@ class Fleet:
             self._pump()
 
     def replica_reported(self, replica: Replica, stats: EngineStats) -> None:
-        """See `replica.Owner`."""
         stats.replica = replica.index
         self._stats.engine(stats)
 

@@ -157,7 +157,6 @@ class StructuredOutputs(Strict):
         return value
 
     def constraint(self) -> dict[str, Any]:
-        """See `sampling.Asks`."""
         return self.model_dump(by_alias=True, exclude_none=True)
 
 
@@ -190,7 +189,6 @@ class ResponseFormat(Strict):
         return self
 
     def constraint(self) -> dict[str, Any] | None:
-        """See `sampling.Asks`."""
         return constraint_of(self.type, None if self.json_schema is None else self.json_schema.schema_)
 
 

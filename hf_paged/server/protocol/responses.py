@@ -150,7 +150,6 @@ class TextFormat(Strict):
     strict: Bool | None = None
 
     def constraint(self) -> dict[str, Any] | None:
-        """See `sampling.Asks`."""
         return constraint_of(self.type, self.schema_)
 
 

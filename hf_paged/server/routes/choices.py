@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, ClassVar
 
 from fastapi import Request
@@ -30,27 +31,24 @@ class ChoicesCall(Call):
         self._choices: dict[int, dict[str, Any]] = {}  # by index; for a stream, empty
         self._beside: dict[str, Any] = {}  # what the answer has beside its choices
 
+    @abc.abstractmethod
     async def choice_of(self, sequence: Sequence, piece: Piece, first: bool) -> dict[str, Any]:
         """What a piece adds to a choice. `first`: the choice begins with it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def chunks_of(self, sequence: Sequence, piece: Piece, first: bool) -> list[Chunk]:
         """What a stream tells of a piece."""
-        raise NotImplementedError
 
     async def take(self, sequence: Sequence, piece: Piece) -> None:
-        """See `Call.take`."""
         first = sequence.index not in self._choices
         part = await self.choice_of(sequence, piece, first)
         extend(self._choices.setdefault(sequence.index, {}), part)
 
     def answer(self) -> dict[str, Any]:
-        """See `Call.answer`."""
         choices = [self._choices[index] for index in sorted(self._choices)]
         return self.body_of(self.kinds[0], choices, counted=True) | self._beside
 
     async def events_of(self, sequence: Sequence, piece: Piece) -> list[bytes]:
-        """See `Call.events_of`."""
         options = self.body.stream_options
         counted = bool(options and options.continuous_usage_stats)
         first = sequence.index not in self._choices
@@ -59,7 +57,6 @@ class ChoicesCall(Call):
         return [event(self.body_of(self.kinds[1], [one], counted) | beside) for one, beside in found]
 
     def last_events(self) -> list[bytes]:
-        """See `Call.last_events`."""
         options = self.body.stream_options
         counted = bool(options and options.include_usage)
         return [event(self.body_of(self.kinds[1], [], counted))] if counted else []

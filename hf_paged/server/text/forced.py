@@ -79,7 +79,6 @@ class CallList:
         self._value: _JSONValue | None = None  # its arguments, once they begin
 
     def add(self, text: str, *, last: bool = False) -> tuple[str, list[ParsedCall], list[CallDelta]]:
-        """See `NamedCall.add`."""
         self._text += text
         over: list[ParsedCall] = []
         new: dict[int, CallDelta] = {}

@@ -17,7 +17,7 @@ from hf_paged.text.templates import render
 
 
 def answerer(first: bytes) -> Callable[[bytes], bytes]:
-    """See `hf_paged.disposable`."""
+    """What `disposable` calls with each frame: renders a template. `first` holds the tokenizer's special tokens."""
     given = msgspec.msgpack.decode(first)
 
     def answer(frame: bytes) -> bytes:
